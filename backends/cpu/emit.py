@@ -1,0 +1,223 @@
+"""Vector idioms in TIR, emitted inside an open ``IRBuilder``: every kernel of this folder is written in them.
+
+A vector of one lane is a scalar. Expressions are trees: a value used twice must go through ``bind`` or it is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu.isa import INT8_STEP, Isa
+
+Expr = Any  # a TIR expression, or a Python integer where an index is meant
+Buffer = Any  # tvm.tirx.Buffer
+
+MAX_ALLOCA_BYTES = 1023  # a larger buffer becomes a heap workspace, and its accumulators leave the registers
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[IRBuilder]:
+    """Open a function called ``name`` whose arguments do not alias; ``builder.get()`` after the block is the PrimFunc."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        yield builder
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """The name of the type: ``int32x16``, or ``int32`` for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def bind(value: Expr) -> Expr:
+    """Compute ``value`` here, once."""
+    return value if isinstance(value, int) else T.Bind(value)
+
+
+def broadcast(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def constant(dtype: str, value: float, lanes: int = 1) -> Expr:
+    """A constant in every lane."""
+    return broadcast(tirx.const(value, dtype), lanes)
+
+
+def load(buffer: Buffer, index: Expr, lanes: int) -> Expr:
+    """``lanes`` consecutive elements of a flat buffer, unaligned."""
+    return buffer.vload(index, vector(str(buffer.dtype), lanes))
+
+
+def store(buffer: Buffer, index: Expr, value: Expr) -> None:
+    """Consecutive elements of a flat buffer, unaligned."""
+    T.add_to_parent(buffer.vstore(index, value))
+
+
+def flat(buffer: Buffer) -> Buffer:
+    """The same memory as one dimension: kernels compute their own offsets."""
+    size: Expr = 1
+    for extent in buffer.shape:
+        size = size * extent
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
+
+
+def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
+    """An LLVM intrinsic without side effects."""
+    return T.call_llvm_pure_intrin(dtype, name, *arguments)
+
+
+def pieces(lanes: int) -> list[tuple[int, int]]:
+    """Cut a partial vector into ``(first lane, lanes)`` pieces of descending powers of two: 13 -> 8, 4, 1.
+
+    Whole stores of each piece need no mask register, so that every instruction set writes partial vectors alike.
+    """
+    cut: list[tuple[int, int]] = []
+    first = 0
+    while first < lanes:
+        size = 1 << ((lanes - first).bit_length() - 1)
+        cut.append((first, size))
+        first += size
+    return cut
+
+
+def slice_lanes(value: Expr, first: int, lanes: int, total: int) -> Expr:
+    """Lanes ``first .. first + lanes`` of a vector of ``total``."""
+    if lanes == total:
+        return value
+    return tirx.Shuffle([value], list(range(first, first + lanes)))
+
+
+def select(condition: Expr, when_true: Expr, when_false: Expr) -> Expr:
+    """Lane by lane, both sides computed."""
+    return tirx.Select(condition, when_true, when_false)
+
+
+def clamp(value: Expr, low: float, high: float, lanes: int) -> Expr:
+    """``min(max(value, low), high)`` in float32."""
+    value = T.max(value, constant("float32", low, lanes))
+    return T.min(value, constant("float32", high, lanes))
+
+
+def round_to_int(value: Expr, lanes: int) -> Expr:
+    """Half to even, in the default rounding mode; the value must fit int32 (clamp in float first)."""
+    return intrinsic(vector("int32", lanes), "llvm.lrint", value)
+
+
+def to_float(value: Expr, lanes: int) -> Expr:
+    """float32(int32), rounded half to even."""
+    return T.cast(value, vector("float32", lanes))
+
+
+def multiply_add(isa: Isa, x: Expr, y: Expr, addend: Expr) -> Expr:
+    """``x * y + addend`` in float32: one rounding where the row has fma, two elsewhere."""
+    if not isa.fma:
+        return x * y + addend
+    return intrinsic(str(x.ty.dtype), "llvm.fma", x, y, addend)
+
+
+def load_channels(buffer: Buffer, index: Expr, valid: int = INT8_STEP) -> Expr:
+    """4 consecutive uint8 as the bytes of an int32; only the first ``valid`` are read, the others are 0."""
+    if valid == INT8_STEP:
+        return T.reinterpret("int32", load(buffer, index, INT8_STEP))
+    word = T.cast(buffer.vload(index), "int32")
+    for i in range(1, valid):
+        word = word + T.cast(buffer.vload(index + i), "int32") * tirx.const(1 << (8 * i), "int32")
+    return word
+
+
+def spread_channels(isa: Isa, word: Expr) -> list[Expr]:
+    """4 uint8 in an int32, broadcast as the left operands of the row's dot products: one vector a half.
+
+    A row of pairs takes channels 0 and 2 in its first half and 1 and 3 in its second, as 16-bit lanes: one mask and one shift
+    of the broadcast word, cheaper than unpacking.
+    """
+    lanes = isa.lanes
+    if isa.dot_group == INT8_STEP:
+        return [bind(T.reinterpret(f"int8x{4 * lanes}", broadcast(word, lanes)))]
+    spread = bind(T.reinterpret(f"uint16x{2 * lanes}", broadcast(word, lanes)))
+    even = spread & constant("uint16", 0xFF, 2 * lanes)
+    odd = tirx.Cast(f"uint16x{2 * lanes}", spread >> constant("uint16", 8, 2 * lanes))
+    return [bind(T.reinterpret(f"int16x{2 * lanes}", half)) for half in (even, odd)]
+
+
+def load_weights(isa: Isa, buffer: Buffer, index: Expr) -> list[Expr]:
+    """The right operands of an int8 step, packed ``[half][lane][group]`` int8: one vector a half."""
+    if isa.dot_group == INT8_STEP:
+        return [bind(load(buffer, index, isa.lanes * INT8_STEP))]
+    size = isa.lanes * isa.dot_group
+    return [
+        bind(T.cast(load(buffer, index + half * size, size), f"int16x{size}"))
+        for half in range(isa.halves)
+    ]
+
+
+def dot(isa: Isa, accumulator: Expr, x: list[Expr], weights: list[Expr]) -> Expr:
+    """``accumulator + sum over 4 channels of x * weight`` in every lane, exact in int32."""
+    dtype = vector("int32", isa.lanes)
+    for left, right in zip(x, weights, strict=True):
+        if isa.dot_accumulates:
+            accumulator = intrinsic(dtype, isa.dot_intrinsic, accumulator, left, right)
+        else:
+            accumulator = accumulator + intrinsic(dtype, isa.dot_intrinsic, left, right)
+    return accumulator
+
+
+class Accumulators:
+    """``rows`` x ``columns`` vectors that LLVM keeps in registers: buffers under 1,024 bytes, constant indices only."""
+
+    def __init__(self, rows: int, columns: int, dtype: str, lanes: int) -> None:
+        self._columns = columns
+        self._lanes = lanes
+        self._per_buffer = MAX_ALLOCA_BYTES // (4 * lanes)
+        count = rows * columns
+        self._buffers = [
+            T.alloc_buffer((min(self._per_buffer, count - first) * lanes,), dtype, scope="global")
+            for first in range(0, count, self._per_buffer)
+        ]
+
+    def _place(self, row: int, column: int) -> tuple[Buffer, int]:
+        index, slot = divmod(row * self._columns + column, self._per_buffer)
+        return self._buffers[index], slot * self._lanes
+
+    def get(self, row: int, column: int) -> Expr:
+        """The vector at ``(row, column)``."""
+        buffer, offset = self._place(row, column)
+        return load(buffer, offset, self._lanes)
+
+    def set(self, row: int, column: int, value: Expr) -> None:
+        """Replace the vector at ``(row, column)``."""
+        buffer, offset = self._place(row, column)
+        store(buffer, offset, value)
+
+
+def loop(extent: Expr, parallel: bool = False) -> Any:
+    """A serial or parallel loop from 0; ``with loop(n) as i``."""
+    return T.parallel(0, extent) if parallel else T.serial(0, extent)
+
+
+def is_dynamic(extent: Expr) -> bool:
+    """True where the extent is not known when the kernel is generated."""
+    return not isinstance(extent, int)
+
+
+def floor_div(a: Expr, b: int) -> Expr:
+    """``a // b`` for non-negative ``a``."""
+    return a if b == 1 else a // b if isinstance(a, int) else tirx.floordiv(a, b)
+
+
+def floor_mod(a: Expr, b: int) -> Expr:
+    """``a % b`` for non-negative ``a``."""
+    return 0 if b == 1 else a % b if isinstance(a, int) else tirx.floormod(a, b)
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    """The smaller of two indices."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else tvm.tirx.min(a, b)
