@@ -1,0 +1,1 @@
+"""Lowering of programs to machine code: targets, integer level, kernels."""

@@ -1,0 +1,1 @@
+"""Instruction-set rows of x86-64 processors."""

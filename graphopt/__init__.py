@@ -1,0 +1,61 @@
+"""graphopt: a compiler for compressed neural networks.
+
+    import graphopt as go
+    program = go.capture(model, example_inputs)
+    program = go.Pipeline([go.passes.FoldBatchNorm(), go.passes.Quantize(calibration=batches)])(program)
+    go.compile(program, target="native").save("model.gopt")
+    y = go.load("model.gopt")(x)
+
+Names are imported when first used, so that ``go.load`` needs neither torch nor the TVM compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Artifact": "graphopt.artifact",
+    "CompileReport": "graphopt.compile",
+    "Contract": "graphopt.contract",
+    "Decline": "graphopt.errors",
+    "Edit": "graphopt.edit",
+    "GraphoptError": "graphopt.errors",
+    "Pass": "graphopt.passing",
+    "Pipeline": "graphopt.pipeline",
+    "Program": "graphopt.program",
+    "RewritePass": "graphopt.passing",
+    "RewriteRule": "graphopt.rule",
+    "Session": "graphopt.session",
+    "benchmark": "graphopt.bench",
+    "capture": "graphopt.capture",
+    "compile": "graphopt.compile",
+    "const": "graphopt.pattern",
+    "exact": "graphopt.contract",
+    "integerize": "graphopt.backends.integerize",
+    "load": "graphopt.session",
+    "lossy": "graphopt.contract",
+    "register": "graphopt.registry",
+    "var": "graphopt.pattern",
+    "within": "graphopt.contract",
+}
+_MODULES = ("backends", "bench", "errors", "ops", "passes")
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"graphopt.{name}")
+    else:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,199 @@
+"""``Program``: a captured network as a ``torch.fx.GraphModule`` of ATen ops, with its inputs and its history.
+
+A program runs (``program(x)``), trains (its parameters are those of the module), and is never changed by a pass:
+passes work on ``clone()``, which copies the graph and shares every tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt import ops
+from graphopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did: counted and measured by the driver, never claimed by the pass."""
+
+    name: str
+    options: dict[str, Any]
+    contract: str
+    rewrites: int
+    declines: tuple[tuple[str, str], ...]  # (node, reason)
+    parameters: tuple[int, int]  # before, after
+    macs: tuple[int, int]
+    error: float | None  # largest difference on the example inputs, relative to the largest output
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pass": self.name,
+            "options": self.options,
+            "contract": self.contract,
+            "rewrites": self.rewrites,
+            "declines": [{"node": node, "reason": reason} for node, reason in self.declines],
+            "parameters": list(self.parameters),
+            "macs": list(self.macs),
+            "error": self.error,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One operator's share: MACs at the example shapes, parameters and the bytes that hold them."""
+
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    parameters: int
+    nonzero: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals and a row a layer. A parameter used by two layers counts once in the totals."""
+
+    parameters: int
+    nonzero: int
+    macs: int
+    bytes: int
+    layers: tuple[LayerStats, ...] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {name: getattr(self, name) for name in ("parameters", "nonzero", "macs", "bytes")}
+        return {**totals, "layers": [vars(layer) for layer in self.layers]}
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A captured network. Made by ``graphopt.capture``; passes return new ones.
+
+    ``example_inputs`` are the positional arguments it was captured with; ``dynamic_batch`` is the inclusive range of
+    dimension 0, or None where every size is fixed.
+    """
+
+    graph_module: fx.GraphModule
+    example_inputs: tuple[Any, ...]
+    dynamic_batch: tuple[int, int] | None = None
+    history: tuple[Record, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders, one a tensor, in the order of the flattened arguments."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run in PyTorch. Raises InputError for a wrong number of inputs, a wrong rank, shape or dtype."""
+        flat = pytree.tree_leaves(inputs)
+        nodes = self.inputs
+        if len(flat) != len(nodes):
+            raise InputError(f"the program takes {len(nodes)} input(s), {len(flat)} were given")
+        for node, value in zip(nodes, flat, strict=True):
+            check_input(node.name, value, node.meta["val"], self.dynamic_batch)
+        return self.graph_module(*inputs)
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The parameter or buffer that a ``get_attr`` node reads."""
+        return attribute(self.graph_module, str(node.target))
+
+    def clone(self) -> Program:
+        """The same program on a graph of its own; tensors are shared."""
+        graph = copy.deepcopy(self.graph)
+        module = fx.GraphModule(self.graph_module, graph, class_name="Program")
+        module.train(self.graph_module.training)
+        return replace(self, graph_module=module)
+
+    def with_record(self, record: Record) -> Program:
+        return replace(self, history=(*self.history, record))
+
+    def stats(self) -> Stats:
+        """Parameters, non-zero parameters, MACs and bytes, in total and for each layer."""
+        seen: dict[str, tuple[int, int, int]] = {}
+        layers = []
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            own = [self._parameter_of(a, seen) for a in node.all_input_nodes]
+            held = [entry for entry in own if entry is not None]
+            macs = ops.macs(node)
+            if not macs and not held:
+                continue
+            op = ops.info(node)
+            layers.append(
+                LayerStats(
+                    node=node.name,
+                    op=op.name if op else str(node.target),
+                    shape=_shape_of(node),
+                    parameters=sum(entry[0] for entry in held),
+                    nonzero=sum(entry[1] for entry in held),
+                    macs=macs,
+                    bytes=sum(entry[2] for entry in held),
+                )
+            )
+        totals = [sum(column) for column in zip(*seen.values(), strict=True)] or [0, 0, 0]
+        return Stats(totals[0], totals[1], sum(l.macs for l in layers), totals[2], tuple(layers))
+
+    def _parameter_of(
+        self, node: fx.Node, seen: dict[str, tuple[int, int, int]]
+    ) -> tuple[int, int, int] | None:
+        if node.op != "get_attr":
+            return None
+        name = str(node.target)
+        if name not in seen:
+            tensor = self.tensor(node)
+            nonzero = int(torch.count_nonzero(tensor.detach()))
+            seen[name] = (tensor.numel(), nonzero, tensor.numel() * tensor.element_size())
+        return seen[name]
+
+
+def _shape_of(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(ops._hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
+    """The tensor at a dotted path, as ``get_attr`` reads it."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value  # type: ignore[no-any-return]
+
+
+def check_input(
+    name: str, value: Any, expected: torch.Tensor, batch_range: tuple[int, int] | None
+) -> None:
+    """Raise InputError where ``value`` does not fit ``expected`` (a fake tensor)."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input {name!r} must be a torch.Tensor, not {type(value).__name__}")
+    if value.dtype != expected.dtype:
+        raise InputError(f"input {name!r} must be {expected.dtype}, not {value.dtype}")
+    if value.dim() != expected.dim():
+        raise InputError(f"input {name!r} must have {expected.dim()} dimensions, not {value.dim()}")
+    for axis, (have, want) in enumerate(zip(value.shape, expected.shape, strict=True)):
+        if isinstance(want, torch.SymInt):
+            low, high = batch_range or (1, have)
+            if not low <= have <= high:
+                raise InputError(f"input {name!r} must have a batch of {low} to {high}, not {have}")
+        elif have != want:
+            raise InputError(
+                f"input {name!r} must have size {int(want)} in dimension {axis}, not {have}"
+            )
