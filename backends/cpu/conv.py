@@ -1,0 +1,306 @@
+"""Dense and grouped convolution and linear: ``y = epilogue(sum x * w + bias)`` from one register-tiled micro-kernel.
+
+A tile of ``pixels x vectors`` accumulators stays in registers over the whole window; each step broadcasts 4 uint8 (or 1
+float32) of every pixel and multiplies them by the packed weights of every channel vector. The last tile of a line overlaps
+its neighbour instead of having code of its own.
+Loops: chunks of tiles, groups and channel blocks, tiles of the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tvm
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu import emit
+from graphopt.backends.cpu.conv_pack import pack_conv2d
+from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
+from graphopt.backends.cpu.emit import Buffer, Expr, bind
+from graphopt.backends.cpu.epilogue import apply_epilogue
+from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.workload import Conv2d, Layout
+
+__all__ = ["conv2d", "function_name", "pack_conv2d"]
+
+
+def function_name(workload: Conv2d, isa: Isa, threads: int) -> str:
+    """``conv2d_u8s8_3x3s2_56x56x64_128_<hash>``: legible, unique, blind to what does not shape the code."""
+    x, y = workload.x, workload.y
+    kinds = "u8s8" if x.dtype == "uint8" else "f32"
+    stride = "" if workload.stride == (1, 1) else f"s{workload.stride[0]}"
+    groups = "" if workload.groups == 1 else f"_g{workload.groups}"
+    shaping = dataclasses.replace(workload, x_zero_point=0, x=dataclasses.replace(x, fill=0))
+    digest = hashlib.sha256(f"{shaping!r} {isa.name} {threads}".encode()).hexdigest()[:8]
+    kernel = f"{workload.kernel[0]}x{workload.kernel[1]}"
+    shape = f"{x.height}x{x.width}x{x.channels}"
+    return f"conv2d_{kinds}_{kernel}{stride}_{shape}_{y.channels}{groups}_{digest}"
+
+
+def _shape(layout: Layout, batch: Expr) -> tuple[Expr, ...]:
+    return (batch, layout.rows, layout.columns, layout.channel_stride)
+
+
+def _pixel(layout: Layout, image: Expr, row: Expr, column: Expr) -> Expr:
+    """Offset of the first channel of a pixel; row and column count from the physical corner."""
+    return ((image * layout.rows + row) * layout.columns + column) * layout.channel_stride
+
+
+class _Kernel:
+    """One kernel under construction: its buffers, its plan and the emitters of the loop nest from the outside in."""
+
+    def __init__(self, workload: Conv2d, isa: Isa, threads: int) -> None:
+        self.workload = workload
+        self.isa = isa
+        self.threads = threads
+        self.plan = plan_conv2d(workload, isa)
+        self.integer = workload.x.dtype == "uint8"
+        self.accumulator_dtype = "int32" if self.integer else "float32"
+
+    def build(self) -> tvm.tirx.PrimFunc:
+        with emit.kernel(function_name(self.workload, self.isa, self.threads)) as builder:
+            self._arguments()
+            self._fill_surroundings()
+            self._tasks()
+        return builder.get()
+
+    def _arguments(self) -> None:
+        workload, plan = self.workload, self.plan
+        batch: Expr = workload.x.batch
+        if batch is None:
+            batch = tirx.Var("n", "int64")
+        self.batch = batch
+
+        def argument(name: str, shape: tuple[Expr, ...], dtype: str) -> Buffer:
+            return T.arg(name, T.buffer(shape, dtype))
+
+        weight_dtype = "int8" if self.integer else "float32"
+        x = argument("x", _shape(workload.x, batch), workload.x.dtype)
+        weight = argument("weight", (plan.packed_weights,), weight_dtype)
+        self.bias = argument("bias", (plan.packed_channels,), self.accumulator_dtype)
+        self.multiplier = None
+        if self.integer:
+            self.multiplier = argument("multiplier", (plan.packed_channels,), "float32")
+        residual = None
+        if workload.residual is not None:
+            shape = _shape(workload.residual, batch)
+            residual = argument("residual", shape, workload.residual.dtype)
+        y = argument("y", _shape(workload.y, batch), workload.y.dtype)
+        self.x, self.weight, self.y = emit.flat(x), weight, emit.flat(y)
+        self.residual = None if residual is None else emit.flat(residual)
+
+    def _fill_surroundings(self) -> None:
+        """Margins and pad channels of y; plain loops, which LLVM turns into memset."""
+        y = self.workload.y
+        if y.is_dense:
+            return
+        fill = emit.constant(y.dtype, y.fill)
+        row_size = y.columns * y.channel_stride
+
+        def run(start: Expr, count: int) -> None:
+            if count == 0:
+                return
+            with emit.loop(count) as i:
+                emit.store(self.y, start + i, fill)
+
+        with emit.loop(self.batch) as image:
+            start = bind(image * (y.rows * row_size))
+            run(start, y.top * row_size)
+            run(start + (y.top + y.height) * row_size, y.bottom * row_size)
+            if not (y.left or y.right or y.channel_stride > y.channels):
+                return
+            with emit.loop(y.height) as row:
+                line = bind(start + (y.top + row) * row_size)
+                run(line, y.left * y.channel_stride)
+                run(line + (y.left + y.width) * y.channel_stride, y.right * y.channel_stride)
+                if y.channel_stride == y.channels:
+                    return
+                with emit.loop(y.width) as column:
+                    pixel = bind(line + (y.left + column) * y.channel_stride)
+                    run(pixel + y.channels, y.channel_stride - y.channels)
+
+    def _tasks(self) -> None:
+        """Chunks of tiles x groups x channel blocks: the loop that threads share."""
+        plan = self.plan
+        units, chunk, chunks = self._chunks()
+        blocks = plan.groups * plan.blocks
+        with emit.loop(chunks * blocks, parallel=self.threads > 1) as task:
+            first = bind(emit.floor_div(task, blocks) * chunk)
+            last = bind(emit.minimum(first + chunk, units))
+            group_block = emit.floor_mod(task, blocks)
+            group = bind(emit.floor_div(group_block, plan.blocks))
+            block = bind(emit.floor_mod(group_block, plan.blocks))
+            full = plan.vectors * plan.lanes
+            if not plan.tail_channels:
+                self._block(group, block, full, first, last)
+            elif not plan.full_blocks:
+                self._block(group, block, plan.tail_channels, first, last)
+            else:
+                with T.If(block < plan.full_blocks):
+                    with T.Then():
+                        self._block(group, block, full, first, last)
+                    with T.Else():
+                        self._block(group, plan.full_blocks, plan.tail_channels, first, last)
+
+    def _tiles_in_row(self) -> int:
+        return -(-self.workload.y.width // self.plan.pixels)
+
+    def _chunks(self) -> tuple[Expr, int, Expr]:
+        """Tiles of the whole tensor, tiles of a chunk, chunks."""
+        y, plan = self.workload.y, self.plan
+        if plan.flat_pixels:
+            units = emit.floor_div(self.batch * (y.height * y.width) + (plan.pixels - 1), plan.pixels)
+        else:
+            units = self.batch * (y.height * self._tiles_in_row())
+        known = units if isinstance(units, int) else y.height * self._tiles_in_row()
+        chunk = chunk_tiles(self.workload, plan, self.isa, known, self.threads)
+        return units, chunk, emit.floor_div(units + (chunk - 1), chunk)
+
+    def _block(self, group: Expr, block: Expr, channels: int, first: Expr, last: Expr) -> None:
+        """The tiles ``first .. last`` of one channel block of ``channels`` output channels."""
+        plan = self.plan
+        vector = bind(group * plan.group_vectors + block * plan.vectors)
+        weights = bind(vector * (plan.all_steps * plan.step_elements))
+        packed_channel = bind(vector * plan.lanes)
+        x_channel = bind(group * plan.in_channels)
+        y_channel = bind(group * plan.out_channels + block * (plan.vectors * plan.lanes))
+        vectors = -(-channels // plan.lanes)
+        with T.serial(first, last) as unit:
+            image, row, column = self._place(unit)
+            accumulators = emit.Accumulators(
+                plan.pixels, vectors, self.accumulator_dtype, plan.lanes
+            )
+            for v in range(vectors):
+                start = bind(emit.load(self.bias, packed_channel + v * plan.lanes, plan.lanes))
+                for p in range(plan.pixels):
+                    accumulators.set(p, v, start)
+            self._window(accumulators, vectors, weights, self._x_start(image, row, column) + x_channel)
+            self._finish(accumulators, channels, packed_channel, y_channel, (image, row, column))
+
+    def _place(self, unit: Expr) -> tuple[Expr, Expr, Expr]:
+        """Image, row and column of a tile's first pixel; a last tile that would not fit starts earlier."""
+        y, plan = self.workload.y, self.plan
+        if plan.flat_pixels:
+            pixels = self.batch * (y.height * y.width)
+            return 0, 0, bind(emit.minimum(unit * plan.pixels, pixels - plan.pixels))
+        tiles = self._tiles_in_row()
+        line = bind(emit.floor_div(unit, tiles))
+        column = bind(
+            emit.minimum(emit.floor_mod(unit, tiles) * plan.pixels, y.width - plan.pixels)
+        )
+        return bind(emit.floor_div(line, y.height)), bind(emit.floor_mod(line, y.height)), column
+
+    def _x_start(self, image: Expr, row: Expr, column: Expr) -> Expr:
+        workload = self.workload
+        (sh, sw), (top, left) = workload.stride, workload.padding
+        x_row = row * sh + (workload.x.top - top)
+        x_column = column * sw + (workload.x.left - left)
+        return _pixel(workload.x, image, x_row, x_column)
+
+    def _window(
+        self, accumulators: emit.Accumulators, vectors: int, weights: Expr, x_start: Expr
+    ) -> None:
+        """Multiply a tile's windows by one channel block: loops over window rows, spans and steps."""
+        plan, x = self.plan, self.workload.x
+        dh, dw = self.workload.dilation
+        x_start = bind(x_start)
+        whole, partial = divmod(plan.span, plan.step)
+        depth = vectors * plan.step_elements
+        with _optional_loop(plan.taps_high) as r, _optional_loop(plan.taps_wide) as s:
+            x_span = bind(
+                x_start + r * (dh * x.columns * x.channel_stride) + s * (dw * x.channel_stride)
+            )
+            w_span = bind(weights + (r * plan.taps_wide + s) * (plan.steps * depth))
+            if whole:
+                with _optional_loop(whole) as k:
+                    self._step(accumulators, vectors, w_span + k * depth, x_span + k * plan.step)
+            if partial:
+                last = x_span + whole * plan.step
+                self._step(accumulators, vectors, w_span + whole * depth, last, partial)
+
+    def _step(
+        self,
+        accumulators: emit.Accumulators,
+        vectors: int,
+        weights: Expr,
+        x_index: Expr,
+        valid: int = INT8_STEP,
+    ) -> None:
+        """One broadcast of every pixel times one packed weight of every channel vector."""
+        plan, isa = self.plan, self.isa
+        pitch = self.workload.stride[1] * self.workload.x.channel_stride
+        weights, x_index = bind(weights), bind(x_index)
+        offsets = [weights + v * plan.step_elements for v in range(vectors)]
+        if not self.integer:
+            columns = [bind(emit.load(self.weight, o, plan.lanes)) for o in offsets]
+            for p in range(plan.pixels):
+                value = bind(emit.broadcast(emit.load(self.x, x_index + p * pitch, 1), plan.lanes))
+                for v, column in enumerate(columns):
+                    total = emit.multiply_add(isa, value, column, accumulators.get(p, v))
+                    accumulators.set(p, v, total)
+            return
+        halves = [emit.load_weights(isa, self.weight, o) for o in offsets]
+        for p in range(plan.pixels):
+            word = bind(emit.load_channels(self.x, x_index + p * pitch, valid))
+            spread = emit.spread_channels(isa, word)
+            for v, half in enumerate(halves):
+                accumulators.set(p, v, emit.dot(isa, accumulators.get(p, v), spread, half))
+
+    def _finish(
+        self,
+        accumulators: emit.Accumulators,
+        channels: int,
+        packed_channel: Expr,
+        y_channel: Expr,
+        place: tuple[Expr, Expr, Expr],
+    ) -> None:
+        """Epilogue and store of a tile, in pieces of whole vectors and descending powers of two."""
+        plan, workload = self.plan, self.workload
+        image, row, column = place
+        y, residual = workload.y, workload.residual
+        y_start = bind(_pixel(y, image, row + y.top, column + y.left) + y_channel)
+        r_start: Expr = 0
+        if residual is not None:
+            corner = _pixel(residual, image, row + residual.top, column + residual.left)
+            r_start = bind(corner + y_channel)
+        for v in range(-(-channels // plan.lanes)):
+            valid = min(plan.lanes, channels - v * plan.lanes)
+            for first, lanes in emit.pieces(valid):
+                channel = v * plan.lanes + first
+                multiplier = None
+                if self.multiplier is not None:
+                    multiplier = bind(emit.load(self.multiplier, packed_channel + channel, lanes))
+                for p in range(plan.pixels):
+                    total = accumulators.get(p, v)
+                    total = bind(emit.slice_lanes(total, first, lanes, plan.lanes))
+                    other = None
+                    if residual is not None and self.residual is not None:
+                        index = r_start + (p * residual.channel_stride + channel)
+                        other = emit.load(self.residual, index, lanes)
+                    value = apply_epilogue(
+                        workload.epilogue, total, lanes, multiplier, other, y.dtype
+                    )
+                    emit.store(self.y, y_start + (p * y.channel_stride + channel), value)
+
+
+@contextmanager
+def _optional_loop(extent: int) -> Iterator[Expr]:
+    """A loop, or its single iteration 0."""
+    if extent == 1:
+        yield 0
+        return
+    with T.serial(0, extent) as i:
+        yield i
+
+
+def conv2d(workload: Conv2d, isa: Isa, threads: int) -> tvm.tirx.PrimFunc:
+    """The kernel of a workload on an ISA row: a PrimFunc on ``x, weight, bias, [multiplier], [residual], y``.
+
+    Weight, bias and multiplier are the arrays of ``pack_conv2d``. With ``threads`` above 1 the outermost loop is parallel.
+    Raises ``CompileError`` on a workload whose layouts, margins and epilogue do not fit together.
+    """
+    return _Kernel(workload, isa, threads).build()

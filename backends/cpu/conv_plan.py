@@ -1,0 +1,237 @@
+"""How a dense or grouped convolution is cut: groups merged into vectors, register tile, channel blocks, chunks of pixels.
+
+Everything here is a function of the workload and the ISA row, so that the kernel and the packed weights agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.workload import Conv2d
+from graphopt.errors import CompileError
+
+_LOOP_CYCLES = 1.0  # a step's loop counter and branch
+_DOT_LATENCY = 4.0  # cycles from an accumulator to itself
+_EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
+_TILE_CYCLES = 12.0  # a tile: addresses, accumulators, loop exits
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """The cut of one convolution.
+
+    ``groups`` groups of ``in_channels`` -> ``out_channels`` after merging neighbours (block-diagonal weights) up to one
+    vector. The kernel walks ``taps_high x taps_wide`` spans of ``span`` consecutive input elements, ``step`` at a time; the
+    columns of a window are one span where they lie side by side in memory (``merged_columns``).
+    ``pixels x vectors`` is the register tile. ``flat_pixels``: the whole image is one line of pixels (1x1, no margins).
+    """
+
+    groups: int
+    in_channels: int
+    out_channels: int
+    step: int
+    taps_high: int
+    taps_wide: int
+    span: int
+    merged_columns: bool
+    pixels: int
+    vectors: int
+    lanes: int
+    flat_pixels: bool
+
+    @property
+    def line(self) -> str:
+        """One line for a log."""
+        return f"{self.groups} x ({self.in_channels} -> {self.out_channels}), tile {self.pixels} x {self.vectors}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of a span; the last may be partial."""
+        return -(-self.span // self.step)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a whole window: the packed weight's depth."""
+        return self.taps_high * self.taps_wide * self.steps
+
+    @property
+    def group_vectors(self) -> int:
+        """Channel vectors of a group, the last one perhaps partial."""
+        return -(-self.out_channels // self.lanes)
+
+    @property
+    def full_blocks(self) -> int:
+        """Blocks of ``vectors`` whole channel vectors in a group."""
+        return self.out_channels // (self.lanes * self.vectors)
+
+    @property
+    def tail_channels(self) -> int:
+        """Output channels of a group's last, narrower block; 0 where there is none."""
+        return self.out_channels - self.full_blocks * self.vectors * self.lanes
+
+    @property
+    def tail_vectors(self) -> int:
+        """Channel vectors of that block."""
+        return -(-self.tail_channels // self.lanes)
+
+    @property
+    def blocks(self) -> int:
+        """Channel blocks of a group."""
+        return self.full_blocks + (self.tail_channels > 0)
+
+    @property
+    def step_elements(self) -> int:
+        """Packed weights that one step of one channel vector takes."""
+        return self.step * self.lanes
+
+    @property
+    def packed_weights(self) -> int:
+        """Elements of the packed weight."""
+        return self.groups * self.group_vectors * self.all_steps * self.step_elements
+
+    @property
+    def packed_channels(self) -> int:
+        """Elements of the packed bias and multiplier: whole vectors of every group."""
+        return self.groups * self.group_vectors * self.lanes
+
+
+def _check(workload: Conv2d) -> None:
+    """Refuse what the generator cannot compute, naming the fault."""
+    x, y, groups = workload.x, workload.y, workload.groups
+    integer = x.dtype == "uint8"
+    if x.dtype not in ("uint8", "float32"):
+        raise CompileError(f"conv2d takes uint8 or float32 activations, not {x.dtype}; insert a Convert")
+    if x.channels % groups or y.channels % groups:
+        raise CompileError(
+            f"conv2d cannot split {x.channels} -> {y.channels} channels into {groups} groups; correct `groups`"
+        )
+    out = "uint8" if workload.epilogue.requantize is not None else "float32"
+    if (y.dtype == "uint8") != (out == "uint8") or (out == "uint8" and not integer):
+        raise CompileError(
+            f"conv2d {x.dtype} -> {y.dtype} does not fit its epilogue, which makes {out}; correct y.dtype"
+        )
+    takes = workload.epilogue.residual_add is not None or workload.epilogue.float_residual
+    if takes != (workload.residual is not None):
+        raise CompileError("conv2d has a residual layout without a residual epilogue, or one without the other")
+    (kh, kw), (sh, sw), (dh, dw) = workload.kernel, workload.stride, workload.dilation
+    top, left = workload.padding
+    last_row = (y.height - 1) * sh - top + (kh - 1) * dh
+    last_column = (y.width - 1) * sw - left + (kw - 1) * dw
+    if (
+        x.top < top
+        or x.left < left
+        or last_row >= x.height + x.bottom
+        or last_column >= x.width + x.right
+    ):
+        raise CompileError(
+            f"conv2d {kh}x{kw} reads outside its input's margins; give x margins of at least "
+            f"top {top}, left {left}, bottom {max(0, last_row + 1 - x.height)}, right {max(0, last_column + 1 - x.width)}"
+        )
+
+
+def _merge(groups: int, out_channels: int, lanes: int) -> int:
+    """How many neighbouring groups share one channel vector: the extra products are zeros in otherwise idle lanes."""
+    fits = [m for m in range(1, groups + 1) if groups % m == 0 and m * out_channels <= lanes]
+    return max(fits, default=1)
+
+
+def _is_flat(workload: Conv2d) -> bool:
+    """True where output pixel i reads input pixel i alone, over the whole tensor."""
+    x, y = workload.x, workload.y
+    layouts = [x, y] + ([workload.residual] if workload.residual else [])
+    return (
+        workload.kernel == (1, 1)
+        and workload.stride == (1, 1)
+        and workload.padding == (0, 0)
+        and all(t.rows == t.height and t.columns == t.width for t in layouts)
+        and (x.height, x.width) == (y.height, y.width)
+    )
+
+
+def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) -> float:
+    """Estimated cycles of a whole tile: arithmetic, loads or latency bound, whichever is most."""
+    if dtype == "float32":
+        products, spread, weights = 1, 1.0, 1.0
+    else:
+        products = isa.halves * (1 if isa.dot_accumulates else 2)
+        spread, weights = (1.0, 1.0) if isa.halves == 1 else (3.0, 2.0)
+    arithmetic = pixels * vectors * products + pixels * (spread - 1)
+    step = max(arithmetic / 2, (pixels * spread + vectors * weights) / 2, _DOT_LATENCY)
+    return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
+
+
+def _choose_tile(isa: Isa, dtype: str, line: int, vectors: int, steps: int) -> tuple[int, int]:
+    """The register tile of least estimated time for a line of pixels and the channel vectors of a group."""
+
+    def cycles(tile: tuple[int, int]) -> float:
+        pixels, width = tile
+        full, tail = divmod(vectors, width)
+        one = full * _tile_cycles(isa, dtype, pixels, width, steps)
+        if tail:
+            one += _tile_cycles(isa, dtype, pixels, tail, steps)
+        return math.ceil(line / pixels) * one
+
+    fitting = [t for t in isa.tiles(dtype) if t[0] <= line and t[1] <= vectors]
+    return min(fitting, key=cycles)
+
+
+def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
+    """Cut a convolution for an ISA row. Raises ``CompileError`` on a workload that is not consistent."""
+    _check(workload)
+    x, y = workload.x, workload.y
+    step = INT8_STEP if x.dtype == "uint8" else 1
+    merge = _merge(workload.groups, y.channels // workload.groups, isa.lanes)
+    groups = workload.groups // merge
+    in_channels = x.channels // groups
+    out_channels = y.channels // groups
+    kh, kw = workload.kernel
+    merged = (
+        groups == 1 and kw > 1 and workload.dilation[1] == 1 and x.channel_stride % step == 0
+    )
+    padded = -(-in_channels // step) * step
+    span = in_channels
+    if groups == 1 and padded <= x.channel_stride:
+        span = padded  # the pad channels meet zero weights
+    if merged:
+        span = (kw - 1) * x.channel_stride + padded
+    wide = 1 if merged else kw
+    flat = _is_flat(workload)
+    line = y.width
+    if flat:
+        line = y.height * y.width * (x.batch or 1)
+    steps = kh * wide * -(-span // step)
+    pixels, vectors = _choose_tile(isa, x.dtype, line, -(-out_channels // isa.lanes), steps)
+    return ConvPlan(
+        groups=groups,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        step=step,
+        taps_high=kh,
+        taps_wide=wide,
+        span=span,
+        merged_columns=merged,
+        pixels=pixels,
+        vectors=vectors,
+        lanes=isa.lanes,
+        flat_pixels=flat,
+    )
+
+
+def chunk_tiles(workload: Conv2d, plan: ConvPlan, isa: Isa, tiles: int, threads: int) -> int:
+    """Tiles of a chunk: what x and y of a chunk leave of half the L2 cache, and enough chunks for the threads.
+
+    A chunk runs over all channel blocks before the next one starts; a large chunk reads the weights fewer times, one that
+    outgrows L2 reads x from further away for every block.
+    """
+    x, y = workload.x, workload.y
+    x_bytes = workload.stride[0] * workload.stride[1] * x.channel_stride * (1 if x.dtype == "uint8" else 4)
+    y_bytes = y.channel_stride * (1 if y.dtype == "uint8" else 4)
+    chunk = isa.l2_bytes // 2 // max(1, plan.pixels * (x_bytes + y_bytes))
+    chunk = min(tiles, max(1, chunk))
+    blocks = plan.groups * plan.blocks
+    chunks = -(-tiles // chunk)
+    while chunks < tiles and chunks * blocks < 8 * threads and (chunks * blocks) % threads:
+        chunks += 1
+    return -(-tiles // chunks)
