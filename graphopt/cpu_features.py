@@ -8,6 +8,7 @@ no AVX-VNNI, so such a machine is only ever under-estimated.
 from __future__ import annotations
 
 import functools
+import importlib
 import platform
 from pathlib import Path
 
@@ -54,12 +55,12 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
 
 
 def _numpy_features() -> frozenset[str]:
-    from numpy._core._multiarray_umath import __cpu_features__  # type: ignore[attr-defined]  # noqa: PLC0415 only where there is no /proc
+    umath = importlib.import_module("numpy._core._multiarray_umath")  # only where there is no /proc
 
     return frozenset(
         name
         for numpy_name, names in _NUMPY_NAMES.items()
-        if __cpu_features__.get(numpy_name, False)
+        if umath.__cpu_features__.get(numpy_name, False)
         for name in names
     )
 

@@ -44,7 +44,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[An
     size = math.prod(shape) * dtype.itemsize
     block = np.empty(size + ALIGNMENT, np.uint8)
     start = -block.ctypes.data % ALIGNMENT
-    return block[start : start + size].view(dtype).reshape(shape)
+    return np.ndarray(shape, dtype, block, start)
 
 
 def is_aligned(array: np.ndarray[Any, Any]) -> bool:
@@ -99,7 +99,7 @@ def decode(data: memoryview) -> dict[str, np.ndarray[Any, Any]]:
     header.pop("__metadata__", None)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     body, end = data[8 + size :], 0
-    for name, entry in header.items():
+    for name, entry in header.items():  # graphopt writes the header in the order of the data
         tensors[name], end = _read(name, entry, body, end)
     if end != len(body):
         raise WeightsError(f"{len(body) - end} bytes belong to no tensor")

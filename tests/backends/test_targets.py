@@ -91,12 +91,18 @@ def test_numpy_agrees_with_the_kernel_where_both_know_a_feature() -> None:
     assert from_numpy <= features_module.cpu_features()
 
 
+def test_the_code_of_every_row_uses_only_the_features_of_its_target() -> None:
+    from graphopt.backends.x86.isa import ISAS
+
+    assert {row.isa for row in TARGETS.values()} == set(ISAS)
+    for row in TARGETS.values():
+        assert set(ISAS[row.isa].features) <= row.features
+
+
 def test_importing_the_table_imports_neither_torch_nor_tvm() -> None:
     code = (
         "import sys, graphopt.backends.targets\n"
         "print(sorted({'torch', 'tvm', 'tvm_ffi', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run(  # noqa: S603 our own interpreter
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,171 @@
+"""``manifest.json``: what a model takes and gives, what it needs of a CPU, and how it was made.
+
+Inputs and outputs are tensors of known shape; a dimension may be a symbol with a range (a dynamic
+batch). The output structure is JSON: an integer is the output of that index, and ``{"tuple": [...]}``,
+``{"list": [...]}``, ``{"dict": [[key, ...], ...]}``, ``{"value": constant}`` nest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+class ManifestError(ValueError):
+    """The manifest is malformed; the message is a clause without the file's name."""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension known at the call only: ``low <= size <= high``, equal wherever ``symbol`` is."""
+
+    symbol: str
+    low: int = 1
+    high: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.symbol} in {self.low}..{'' if self.high is None else self.high}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, NumPy dtype and shape of an input, an output or a scratch tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | Dim, ...]
+
+    def describe(self) -> str:
+        """``float32 [batch in 1..8, 3, 224, 224]``."""
+        return f"{self.dtype} [{', '.join(str(size) for size in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One call of a kernel, in the order of execution, with the model's layers it came from.
+
+    ``macs`` counts one call at batch 1 of a dynamic batch; ``dtype`` (``int8``, ``float32``) names the
+    machine peak it is compared with.
+    """
+
+    name: str
+    layer: str = ""
+    operator: str = ""
+    dtype: str = ""
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A function in ``model.so`` that does ``macs`` at the machine's full rate on these tensors."""
+
+    function: str
+    dtype: str
+    macs: int
+    arguments: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module. ``weights`` names the leading arguments of ``entry``, in their order."""
+
+    target: str
+    triple: str
+    features: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_structure: Any = 0
+    weights: tuple[str, ...] = ()
+    entry: str = "main"
+    threads: int = 1
+    kernels: tuple[Kernel, ...] = ()
+    peaks: tuple[Peak, ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self, members: Mapping[str, Mapping[str, Any]]) -> bytes:
+        """Return ``manifest.json`` for members given as ``{name: {"sha256", "size"}}``."""
+        body = {
+            "format": "gopt",
+            "format_version": FORMAT_VERSION,
+            "members": dict(members),
+            **dataclasses.asdict(self),
+        }
+        return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Return the manifest as a JSON object of this format version; raises ``ManifestError``."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError("it is no JSON") from error
+    if not isinstance(body, dict) or body.get("format") != "gopt":
+        raise ManifestError("it does not describe a .gopt file")
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            f"it has format version {version!r} and this graphopt reads {FORMAT_VERSION}; "
+            "compile the model again, or use the graphopt that made it"
+        )
+    return body
+
+
+def _size(value: Any) -> int | Dim:
+    if isinstance(value, dict):
+        return Dim(**value)
+    if type(value) is not int or value < 0:
+        raise ManifestError(f"{value!r} is no dimension")
+    return value
+
+
+def _spec(value: Mapping[str, Any]) -> TensorSpec:
+    fields = {**value, "shape": tuple(_size(size) for size in value["shape"])}
+    return TensorSpec(**fields)
+
+
+def _peak(value: Mapping[str, Any]) -> Peak:
+    return Peak(**{**value, "arguments": tuple(_spec(item) for item in value["arguments"])})
+
+
+def check_structure(structure: Any, count: int) -> None:
+    """Raise ``ManifestError`` unless every leaf of an output structure is one of ``count`` outputs."""
+    if type(structure) is int and 0 <= structure < count:
+        return
+    if not isinstance(structure, dict) or len(structure) != 1:
+        raise ManifestError(f"{structure!r} is no structure of {count} outputs")
+    ((kind, items),) = structure.items()
+    if kind == "value":
+        return
+    if kind not in ("tuple", "list", "dict") or not isinstance(items, list):
+        raise ManifestError(f"{kind!r} is no kind of output structure")
+    for item in items:
+        check_structure(item[1] if kind == "dict" else item, count)
+
+
+def from_json(body: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that ``to_json`` wrote; raises ``ManifestError`` naming what is wrong."""
+    known = {item.name for item in dataclasses.fields(Manifest)}
+    try:
+        values = {key: body[key] for key in known}
+        for key, read in (
+            ("inputs", _spec),
+            ("outputs", _spec),
+            ("peaks", _peak),
+            ("kernels", lambda item: Kernel(**item)),
+        ):
+            values[key] = tuple(read(item) for item in values[key])
+        for key in ("features", "weights", "history"):
+            values[key] = tuple(values[key])
+        manifest = Manifest(**values)
+        check_structure(manifest.output_structure, len(manifest.outputs))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ManifestError(f"a field is missing or malformed ({error})") from error
+    return manifest

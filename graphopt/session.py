@@ -1,0 +1,222 @@
+"""Run a compiled model: arrays in, arrays out, on the TVM runtime alone (no torch, no compiler).
+
+One Relax virtual machine cannot serve two threads at once (TVM 0.27 crashes), so a session keeps a
+stack of machines that share the weights: a call takes one, or makes one (8 us), and puts it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.artifact import Artifact, read_artifact
+from graphopt.errors import ArtifactError, InputError
+from graphopt.manifest import Dim, Manifest, TensorSpec
+from graphopt.runtime import available_cpus, tvm_runtime, use_threads
+from graphopt.weights_file import ALIGNMENT, aligned_empty, is_aligned
+
+_LOG = logging.getLogger(__name__)
+
+_CPU, _POOLED_ALLOCATOR = 1, 2
+
+Array = np.ndarray[Any, Any]
+# Called before and after every instruction: (function, name, before, result, *arguments) -> 1 to skip.
+Instrument = Callable[..., int]
+
+
+def _map_library(data: bytes) -> Any:
+    loader = tvm_runtime().get_global_func("ffi.Module.load_from_file.so")
+    # Not a memfd: dlopen knows libraries by path, and "/proc/self/fd/5" names many in one process.
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / "model.so"
+        path.write_bytes(data)
+        try:
+            library = loader(str(path), "so")
+            library.get_function("vm_load_executable")
+        except (RuntimeError, AttributeError) as error:
+            raise ArtifactError(
+                f"model.so cannot be loaded as a compiled model from {folder}; if programs may not "
+                "run from there, set TMPDIR to a folder where they may"
+            ) from error
+    return library
+
+
+def _structured(structure: Any, leaves: Sequence[Array]) -> Any:
+    if type(structure) is int:
+        return leaves[structure]
+    ((kind, items),) = structure.items()
+    if kind == "dict":
+        return {key: _structured(item, leaves) for key, item in items}
+    if kind == "value":
+        return items
+    values = [_structured(item, leaves) for item in items]
+    return tuple(values) if kind == "tuple" else values
+
+
+class _Input:
+    """Check and pass one argument; a machine's own, for it holds the buffer for unaligned arrays."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.dtype = np.dtype(spec.dtype)
+        self.fixed = not any(isinstance(size, Dim) for size in spec.shape)
+        self._from_dlpack = tvm_runtime().from_dlpack
+        self._buffer = np.empty(0)
+        self._tensor: Any = None
+
+    def _refuse(self, what: str) -> InputError:
+        return InputError(f"argument {self.spec.name!r} {what}; it must be {self.spec.describe()}")
+
+    def _array(self, value: Any) -> Array:
+        if isinstance(value, np.ndarray):
+            return value
+        if not hasattr(value, "__dlpack__"):
+            raise self._refuse(f"is a {type(value).__name__}, no NumPy or DLPack array")
+        try:
+            return np.from_dlpack(value)
+        except (RuntimeError, TypeError, BufferError, ValueError) as error:
+            raise self._refuse(f"cannot be read through DLPack ({error})") from error
+
+    def check(self, value: Any, sizes: dict[str, int]) -> Array:
+        """Return ``value`` as an array of the declared dtype and shape; raises ``InputError``."""
+        array = self._array(value)
+        if array.dtype != self.dtype:
+            raise self._refuse(f"has dtype {array.dtype}")
+        if self.fixed and array.shape == self.spec.shape:
+            return array
+        if array.ndim != len(self.spec.shape):
+            raise self._refuse(f"has {array.ndim} dimensions")
+        for size, declared in zip(array.shape, self.spec.shape, strict=True):
+            if not isinstance(declared, Dim):
+                matches = size == declared
+            else:
+                high = size if declared.high is None else declared.high
+                matches = declared.low <= size <= high
+                matches = matches and sizes.setdefault(declared.symbol, size) == size
+            if not matches:
+                raise self._refuse(f"has shape {list(array.shape)}")
+        return array
+
+    def tensor(self, array: Array) -> Any:
+        """Return a TVM tensor of ``array``: itself where it lies well, else a copy in the buffer."""
+        if array.flags.writeable and is_aligned(array):
+            return self._from_dlpack(array, require_alignment=ALIGNMENT)
+        if self._tensor is None or self._buffer.shape != array.shape:
+            self._buffer = aligned_empty(array.shape, self.dtype)
+            self._tensor = self._from_dlpack(self._buffer, require_alignment=ALIGNMENT)
+        np.copyto(self._buffer, array)
+        return self._tensor
+
+
+class _Machine:
+    """One virtual machine, the shared weights, and its own input buffers."""
+
+    def __init__(self, library: Any, manifest: Manifest, weights: Sequence[Any]) -> None:
+        self.module = library["vm_load_executable"]()
+        self.module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+        self.inputs = tuple(_Input(spec) for spec in manifest.inputs)
+        self._entry = self.module[manifest.entry]
+        self._weights = weights
+        self._tensor_class = tvm_runtime().Tensor
+
+    def run(self, values: Sequence[Any]) -> list[Array]:
+        sizes: dict[str, int] = {}
+        arrays = [take.check(value, sizes) for take, value in zip(self.inputs, values, strict=True)]
+        tensors = [take.tensor(array) for take, array in zip(self.inputs, arrays, strict=True)]
+        result = self._entry(*self._weights, *tensors)
+        outputs = [result] if isinstance(result, self._tensor_class) else list(result)
+        # An output may *be* an input or a weight (an identity, say): the caller gets a copy of it.
+        given = {tensor.data_ptr() for tensor in (*self._weights, *tensors)}
+        return [
+            np.from_dlpack(output).copy() if output.data_ptr() in given else np.from_dlpack(output)
+            for output in outputs
+        ]
+
+
+class Session:
+    """Call it with the model's inputs; it returns NumPy arrays in the structure of its outputs.
+
+    Inputs are NumPy arrays, or anything with DLPack, positional or by name; any strides and alignment
+    (64-byte aligned, contiguous, writable ones are passed without a copy). Raises ``InputError`` naming
+    the argument. Safe to call from many threads: each call runs on its caller's thread and
+    ``threads - 1`` helpers of TVM's pool.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"argument 'threads' is {threads}; it must be 1 or more")
+        self.manifest = artifact.manifest
+        self.input_names = tuple(spec.name for spec in self.manifest.inputs)
+        wanted = threads or self.manifest.threads
+        self.threads = min(wanted, available_cpus())
+        if self.threads < wanted:
+            _LOG.warning("running on %d threads, not %d: no more CPUs", self.threads, wanted)
+        self._weights = tuple(self._bind(weight) for weight in artifact.weights.values())
+        self.library = _map_library(artifact.library)
+        self._idle = [self._machine()]
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{spec.name}: {spec.describe()}" for spec in self.manifest.inputs)
+        return f"Session({inputs}; {self.manifest.target}, {self.threads} threads)"
+
+    @staticmethod
+    def _bind(weight: Array) -> Any:
+        if not (is_aligned(weight) and weight.flags.writeable):
+            copy = aligned_empty(weight.shape, weight.dtype)
+            copy[...] = weight
+            weight = copy
+        return tvm_runtime().from_dlpack(weight, require_alignment=ALIGNMENT)
+
+    def _machine(self) -> _Machine:
+        return _Machine(self.library, self.manifest, self._weights)
+
+    def _positional(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        names = self.input_names
+        for name in named:
+            if name not in names or name in names[: len(inputs)]:
+                raise InputError(
+                    f"argument {name!r} is unknown or given twice; the inputs are {', '.join(names)}"
+                )
+        inputs += tuple(named[name] for name in names[len(inputs) :] if name in named)
+        if len(inputs) != len(names):
+            raise InputError(
+                f"{len(inputs)} arguments were given for the {len(names)} inputs {', '.join(names)}"
+            )
+        return inputs
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the model once."""
+        if named or len(inputs) != len(self.input_names):
+            inputs = self._positional(inputs, named)
+        use_threads(self.threads)
+        try:
+            machine = self._idle.pop()
+        except IndexError:
+            machine = self._machine()
+        leaves = machine.run(inputs)
+        self._idle.append(machine)  # not after an error: its state is unknown then
+        return _structured(self.manifest.output_structure, leaves)
+
+    def run_instrumented(self, instrument: Instrument, *inputs: Any) -> Any:
+        """Run the model once on a machine of its own that calls ``instrument`` around every call."""
+        use_threads(self.threads)
+        machine = self._machine()
+        machine.module["set_instrument"](tvm_runtime().convert(instrument))
+        leaves = machine.run(self._positional(inputs, {}))
+        return _structured(self.manifest.output_structure, leaves)
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
+    """Load a ``.gopt`` file and return a session that runs it on ``threads`` threads.
+
+    The file is checked first (``graphopt.artifact``): ``ArtifactError`` if it is damaged or of another
+    version, ``TargetError`` if this CPU cannot run it. **It holds native code**, and its hashes prove
+    only that it is whole: load what you would also execute.
+    """
+    return read_artifact(path).session(threads)
