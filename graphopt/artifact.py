@@ -148,6 +148,24 @@ def _check_hash(name: str, data: memoryview, recorded: Any) -> None:
         raise container.ContainerError(f"member {name!r} does not have the hash in the manifest")
 
 
+def _opened(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, memoryview]]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from error
+    try:
+        return _unpack(data)
+    except container.ContainerError as error:
+        raise ArtifactError(f"{path} is refused: {error}") from error
+    except manifest_file.ManifestError as error:
+        raise ArtifactError(f"{path} is refused: {_MANIFEST}: {error}") from error
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of a whole, unchanged file, whatever CPU it is for; see ``read_artifact``."""
+    return _opened(path)[0]
+
+
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Return the artifact in a ``.gopt`` file after every check that needs no trust in it.
 
@@ -155,18 +173,10 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     differs in one byte from what graphopt wrote, has other members, or is of another format version;
     ``TargetError`` if this CPU cannot run it. Nothing is mapped or executed.
     """
+    manifest, members = _opened(path)
+    check_cpu(manifest, str(path))
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from error
-    try:
-        manifest, members = _unpack(data)
-        check_cpu(manifest, str(path))
         weights = weights_file.decode(members[_WEIGHTS])
-    except container.ContainerError as error:
-        raise ArtifactError(f"{path} is refused: {error}") from error
-    except manifest_file.ManifestError as error:
-        raise ArtifactError(f"{path} is refused: {_MANIFEST}: {error}") from error
     except weights_file.WeightsError as error:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS}: {error}") from error
     if tuple(weights) != manifest.weights:

@@ -161,7 +161,6 @@ def save_program(program: Program, path: str | Path) -> None:
         low, high = program.dynamic_batch
         batch = Dim("batch", min=low, max=high)
         shapes = pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, program.example_inputs)
-        shapes = (shapes,)  # a GraphModule's forward takes *args
     notes = {
         "dynamic_batch": program.dynamic_batch,
         "history": [{**record.to_json(), "seconds": record.seconds} for record in program.history],

@@ -1,0 +1,82 @@
+"""``graphopt compile``: a model, with or without passes, to a ``.gopt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphopt.cli import options
+from graphopt.cli.console import fail, print_json, size, step
+from graphopt.cli.source import Source
+
+
+def command(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the compiled model (.gopt).")
+    ],
+    target: options.TargetName = "native",
+    threads: options.Threads = None,
+    recipe: options.Recipe = None,
+    passes: options.Passes = None,
+    calibration: options.Calibration = None,
+    input_shape: options.Shapes = None,
+    dynamic_batch: options.DynamicBatch = None,
+    weights: options.Weights = None,
+    image_mean: options.Mean = "0.485,0.456,0.406",
+    image_std: options.Deviation = "0.229,0.224,0.225",
+    trust: options.Trust = False,
+    plugin: options.Plugins = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compile a model for a target into one .gopt file that runs without PyTorch.
+
+    \b
+    graphopt compile tiny.pt2 --trust -o tiny.gopt
+    graphopt compile nets:tiny --input-shape 1x3x32x32 --target avx2 --threads 2 -o tiny.gopt
+    graphopt compile nets:tiny --input-shape 1x3x32x32 --pass quantize --calibration data.npz -o q.gopt
+    """
+    if output.suffix != ".gopt":
+        fail(f"--output {output} must end in .gopt", code=2)
+    from graphopt.artifact import check_writable
+    from graphopt.backends.targets import resolve
+
+    check_writable(output)
+    row = resolve(target)
+    source = Source(
+        model,
+        weights,
+        input_shape or (),
+        dynamic_batch,
+        recipe,
+        passes or (),
+        calibration,
+        image_mean,
+        image_std,
+        trust,
+    )
+    program = source.program()
+    import graphopt as go
+
+    with step(f"compiling for {row.name}"):
+        artifact: Any = go.compile(program, target=target, threads=threads)
+    artifact.save(output)
+    manifest = artifact.manifest
+    summary = {
+        "output": str(output),
+        "bytes": output.stat().st_size,
+        "target": manifest.target,
+        "threads": manifest.threads,
+        "kernels": len(manifest.kernels),
+        "report": dict(manifest.report),
+    }
+    if json:
+        print_json(summary)
+        return
+    print(
+        f"{output}: {size(summary['bytes'])}, target {manifest.target}, "
+        f"{len(manifest.kernels)} kernels, {manifest.threads} thread(s)"
+    )

@@ -1,0 +1,47 @@
+"""``--recipe`` and ``--pass`` as one ``Pipeline``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import RecipeError
+
+if TYPE_CHECKING:
+    from graphopt.pipeline import Pipeline
+
+_COMMA = re.compile(r",(?![^\[\]{}]*[\]}])")  # none inside brackets
+
+
+def _as_yaml(text: str) -> str:
+    """``name:a=1,b=[2,3]`` as a recipe of that one pass."""
+    name, colon, rest = text.partition(":")
+    options = []
+    for item in _COMMA.split(rest) if colon else ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--pass {text}: {item!r} must look like option=value")
+        options.append(f"{key.strip()}: {value.strip()}")
+    return f"passes: [{{{name.strip()}: {{{', '.join(options)}}}}}]"
+
+
+def pipeline(
+    recipe: Path | None, passes: Sequence[str], calibration: Callable[[], Any] | None
+) -> Pipeline:
+    """The recipe's passes, then ``passes``. ``calibration`` is called once, if a pass takes its result.
+
+    Raises RecipeError for a pass or option that does not exist, and for data that no pass takes.
+    """
+    from graphopt.pipeline import Pipeline
+
+    data = {} if calibration is None else {"calibration": calibration()}
+    steps = [*Pipeline.from_yaml(recipe, **data)] if recipe else []
+    for text in passes:
+        steps += Pipeline.from_text(_as_yaml(text), f"--pass {text}", **data)
+    takers = [s for s in steps if "calibration" in {f.name for f in dataclasses.fields(s)}]
+    if data and not takers:
+        raise RecipeError("--calibration was given and no pass takes calibration data")
+    return Pipeline(steps)
