@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
 from graphopt.backends.cpu.emit import (
     Expr,
     bind,
@@ -16,13 +19,17 @@ from graphopt.backends.cpu.emit import (
     vector,
 )
 from graphopt.backends.cpu.workload import Activation
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 _LN2_HIGH = 0.693359375  # ln 2 in 9 bits: n * high is exact for |n| < 2**15 (Cephes expf)
 _LN2_LOW = -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-_TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+_TANH = (
+    -5.70498872745e-3,
+    2.06390887954e-2,
+    -5.37397155531e-2,
+    1.33314422036e-1,
+    -3.33332819422e-1,
+)
 # log(erfc(z) / t) + z**2 in t = 1 / (1 + z / 2), z >= 0: relative error 1.2e-7 (Numerical Recipes, erfcc)
 _ERFC = (
     0.17087277,
@@ -36,6 +43,10 @@ _ERFC = (
     1.00002368,
     -1.26551223,
 )
+
+LONG = frozenset(
+    {"sigmoid", "silu", "tanh", "gelu"}
+)  # too much code to unroll over a register tile: 6 s a kernel
 
 
 def _splat(value: float, lanes: int) -> Expr:
@@ -88,9 +99,7 @@ def gelu(x: Expr, lanes: int) -> Expr:
     one = _splat(1.0, lanes)
     z = bind(_absolute(x, lanes) * _splat(math.sqrt(0.5), lanes))
     t = bind(one / (one + z * _splat(0.5, lanes)))
-    half_erfc = bind(
-        _splat(0.5, lanes) * t * exp(_polynomial(_ERFC, t, lanes) - z * z, lanes)
-    )
+    half_erfc = bind(_splat(0.5, lanes) * t * exp(_polynomial(_ERFC, t, lanes) - z * z, lanes))
     return x * select(x < _splat(0.0, lanes), half_erfc, one - half_erfc)
 
 

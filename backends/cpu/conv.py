@@ -18,12 +18,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
+from graphopt.backends.cpu.activation import LONG, apply_activation
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
-from graphopt.backends.cpu.workload import Conv2d, Layout
+from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
 __all__ = ["conv2d", "function_name", "pack_conv2d"]
 
@@ -153,7 +154,9 @@ class _Kernel:
         """Tiles of the whole tensor, tiles of a chunk, chunks."""
         y, plan = self.workload.y, self.plan
         if plan.flat_pixels:
-            units = emit.floor_div(self.batch * (y.height * y.width) + (plan.pixels - 1), plan.pixels)
+            units = emit.floor_div(
+                self.batch * (y.height * y.width) + (plan.pixels - 1), plan.pixels
+            )
         else:
             units = self.batch * (y.height * self._tiles_in_row())
         known = units if isinstance(units, int) else y.height * self._tiles_in_row()
@@ -178,7 +181,9 @@ class _Kernel:
                 start = bind(emit.load(self.bias, packed_channel + v * plan.lanes, plan.lanes))
                 for p in range(plan.pixels):
                     accumulators.set(p, v, start)
-            self._window(accumulators, vectors, weights, self._x_start(image, row, column) + x_channel)
+            self._window(
+                accumulators, vectors, weights, self._x_start(image, row, column) + x_channel
+            )
             self._finish(accumulators, channels, packed_channel, y_channel, (image, row, column))
 
     def _place(self, unit: Expr) -> tuple[Expr, Expr, Expr]:
@@ -267,24 +272,46 @@ class _Kernel:
         if residual is not None:
             corner = _pixel(residual, image, row + residual.top, column + residual.left)
             r_start = bind(corner + y_channel)
-        for v in range(-(-channels // plan.lanes)):
-            valid = min(plan.lanes, channels - v * plan.lanes)
-            for first, lanes in emit.pieces(valid):
-                channel = v * plan.lanes + first
-                multiplier = None
-                if self.multiplier is not None:
-                    multiplier = bind(emit.load(self.multiplier, packed_channel + channel, lanes))
-                for p in range(plan.pixels):
-                    total = accumulators.get(p, v)
-                    total = bind(emit.slice_lanes(total, first, lanes, plan.lanes))
-                    other = None
-                    if residual is not None and self.residual is not None:
-                        index = r_start + (p * residual.channel_stride + channel)
-                        other = emit.load(self.residual, index, lanes)
-                    value = apply_epilogue(
-                        workload.epilogue, total, lanes, multiplier, other, y.dtype
-                    )
-                    emit.store(self.y, y_start + (p * y.channel_stride + channel), value)
+        epilogue = workload.epilogue
+        late = epilogue.activation
+        if late is None or late.name not in LONG:
+            late = None
+        else:
+            epilogue = dataclasses.replace(epilogue, activation=None)
+        for channel, lanes in self._pieces(channels):
+            v, first = divmod(channel, plan.lanes)
+            multiplier = None
+            if self.multiplier is not None:
+                multiplier = bind(emit.load(self.multiplier, packed_channel + channel, lanes))
+            for p in range(plan.pixels):
+                total = accumulators.get(p, v)
+                total = bind(emit.slice_lanes(total, first, lanes, plan.lanes))
+                other = None
+                if residual is not None and self.residual is not None:
+                    index = r_start + (p * residual.channel_stride + channel)
+                    other = emit.load(self.residual, index, lanes)
+                value = apply_epilogue(epilogue, total, lanes, multiplier, other, y.dtype)
+                emit.store(self.y, y_start + (p * y.channel_stride + channel), value)
+        if late is not None:
+            self._activate(late, channels, y_start)
+
+    def _pieces(self, channels: int) -> list[tuple[int, int]]:
+        """``(first channel, lanes)`` of a block's stores."""
+        lanes = self.plan.lanes
+        return [
+            (start + first, size)
+            for start in range(0, channels, lanes)
+            for first, size in emit.pieces(min(lanes, channels - start))
+        ]
+
+    def _activate(self, activation: Activation, channels: int, y_start: Expr) -> None:
+        """A long activation, over the tile just stored: a loop over its pixels in place of a copy for each."""
+        pitch = self.workload.y.channel_stride
+        with emit.loop(self.plan.pixels) as p:
+            for channel, lanes in self._pieces(channels):
+                index = bind(y_start + p * pitch + channel)
+                value = emit.load(self.y, index, lanes)
+                emit.store(self.y, index, apply_activation(activation, value, lanes))
 
 
 @contextmanager

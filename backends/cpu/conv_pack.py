@@ -79,9 +79,13 @@ def pack_conv2d(
         shift = np.zeros(o, np.float32) if bias is None else bias.astype(np.float32, copy=False)
         return [_pack_weight(workload, plan, isa, weight), _pack_channels(plan, shift)]
     if weight.dtype != np.int8:
-        raise CompileError(f"conv2d on uint8 activations takes an int8 weight, not {weight.dtype}; quantize it")
+        raise CompileError(
+            f"conv2d on uint8 activations takes an int8 weight, not {weight.dtype}; quantize it"
+        )
     if multiplier is None:
-        raise CompileError("conv2d on uint8 activations takes a multiplier for each output channel; pass one")
+        raise CompileError(
+            "conv2d on uint8 activations takes a multiplier for each output channel; pass one"
+        )
     sums = weight.astype(np.int64).sum(axis=(1, 2, 3))
     folded = (np.zeros(o, np.int64) if bias is None else bias.astype(np.int64)) - (
         workload.x_zero_point * sums

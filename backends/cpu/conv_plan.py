@@ -102,7 +102,9 @@ def _check(workload: Conv2d) -> None:
     x, y, groups = workload.x, workload.y, workload.groups
     integer = x.dtype == "uint8"
     if x.dtype not in ("uint8", "float32"):
-        raise CompileError(f"conv2d takes uint8 or float32 activations, not {x.dtype}; insert a Convert")
+        raise CompileError(
+            f"conv2d takes uint8 or float32 activations, not {x.dtype}; insert a Convert"
+        )
     if x.channels % groups or y.channels % groups:
         raise CompileError(
             f"conv2d cannot split {x.channels} -> {y.channels} channels into {groups} groups; correct `groups`"
@@ -114,7 +116,9 @@ def _check(workload: Conv2d) -> None:
         )
     takes = workload.epilogue.residual_add is not None or workload.epilogue.float_residual
     if takes != (workload.residual is not None):
-        raise CompileError("conv2d has a residual layout without a residual epilogue, or one without the other")
+        raise CompileError(
+            "conv2d has a residual layout without a residual epilogue, or one without the other"
+        )
     (kh, kw), (sh, sw), (dh, dw) = workload.kernel, workload.stride, workload.dilation
     top, left = workload.padding
     last_row = (y.height - 1) * sh - top + (kh - 1) * dh
@@ -187,9 +191,7 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
     in_channels = x.channels // groups
     out_channels = y.channels // groups
     kh, kw = workload.kernel
-    merged = (
-        groups == 1 and kw > 1 and workload.dilation[1] == 1 and x.channel_stride % step == 0
-    )
+    merged = groups == 1 and kw > 1 and workload.dilation[1] == 1 and x.channel_stride % step == 0
     padded = -(-in_channels // step) * step
     span = in_channels
     if groups == 1 and padded <= x.channel_stride:
@@ -226,7 +228,12 @@ def chunk_tiles(workload: Conv2d, plan: ConvPlan, isa: Isa, tiles: int, threads:
     outgrows L2 reads x from further away for every block.
     """
     x, y = workload.x, workload.y
-    x_bytes = workload.stride[0] * workload.stride[1] * x.channel_stride * (1 if x.dtype == "uint8" else 4)
+    x_bytes = (
+        workload.stride[0]
+        * workload.stride[1]
+        * x.channel_stride
+        * (1 if x.dtype == "uint8" else 4)
+    )
     y_bytes = y.channel_stride * (1 if y.dtype == "uint8" else 4)
     chunk = isa.l2_bytes // 2 // max(1, plan.pixels * (x_bytes + y_bytes))
     chunk = min(tiles, max(1, chunk))

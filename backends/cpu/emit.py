@@ -19,7 +19,9 @@ from graphopt.backends.cpu.isa import INT8_STEP, Isa
 Expr = Any  # a TIR expression, or a Python integer where an index is meant
 Buffer = Any  # tvm.tirx.Buffer
 
-MAX_ALLOCA_BYTES = 1023  # a larger buffer becomes a heap workspace, and its accumulators leave the registers
+MAX_ALLOCA_BYTES = (
+    1023  # a larger buffer becomes a heap workspace, and its accumulators leave the registers
+)
 
 
 @contextmanager

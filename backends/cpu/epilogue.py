@@ -6,6 +6,8 @@ sum in float on the integer path, so there is nothing for LLVM to contract.
 
 from __future__ import annotations
 
+from tvm.tirx.script.builder import ir as T
+
 from graphopt.backends.cpu.activation import apply_activation
 from graphopt.backends.cpu.emit import (
     Expr,
@@ -17,7 +19,6 @@ from graphopt.backends.cpu.emit import (
     vector,
 )
 from graphopt.backends.cpu.workload import Epilogue, QuantizedAdd, Requantize
-from tvm.tirx.script.builder import ir as T
 
 
 def round_and_clamp(requantize: Requantize | QuantizedAdd, value: Expr, lanes: int) -> Expr:

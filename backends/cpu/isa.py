@@ -17,8 +17,7 @@ class Isa:
     An int8 step multiplies a broadcast of 4 uint8 activations by int8 weights of ``lanes`` output channels. With
     ``dot_group`` 4 one instruction does it (``dot_accumulates``: it adds to its first operand). With ``dot_group`` 2 both
     sides are widened to int16 and two multiply-adds of pairs do it: u8 * s8 + u8 * s8 stays below 2**17, nothing saturates.
-    ``int8_accumulators`` and ``float_accumulators`` bound the accumulators of a tile, ``tiles`` lists the candidates
-    ``(pixels, channel vectors)`` in order of preference among equals.
+    ``int8_accumulators`` and ``float_accumulators`` bound the accumulators of a register tile.
     """
 
     name: str
@@ -49,7 +48,11 @@ class Isa:
 
     @cached_property
     def _target(self) -> tvm.target.Target:
-        target = {"kind": "llvm", "mtriple": self.mtriple, "mcpu": self.mcpu}
+        target: dict[str, str | list[str]] = {
+            "kind": "llvm",
+            "mtriple": self.mtriple,
+            "mcpu": self.mcpu,
+        }
         if self.mattr:
             target["mattr"] = list(self.mattr)
         return tvm.target.Target(target)

@@ -16,7 +16,9 @@ from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.isa import Isa
 
 _ITERATIONS = 100_000  # about 0.2 ms a call
-_CHAINS = 14  # independent accumulators: covers two 6-cycle operations a cycle and fits 16 registers
+_CHAINS = (
+    14  # independent accumulators: covers two 6-cycle operations a cycle and fits 16 registers
+)
 _CALLS = 50
 
 
