@@ -1,0 +1,123 @@
+"""Evaluate once, at compile time, what depends on no input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt import ops
+from graphopt.contract import exact
+from graphopt.edit import Edit
+from graphopt.errors import PassError
+from graphopt.passing import Pass
+from graphopt.registry import register
+
+aten = torch.ops.aten
+
+# These read shape, dtype and device of their tensor, never its values.
+_SHAPE_ONLY = {
+    getattr(aten, name).default
+    for name in ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like")
+} | {aten.full_like.default}
+
+
+@register
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """``f(constants) -> constant``: calls of buffers and literals alone are evaluated and stored as a buffer.
+
+    What stays: anything that reads a trainable parameter, so that ``W * M`` of a pruned and ``fake_quantize(W)`` of a
+    quantized layer go on training (``trainable=True``, for deployment, folds parameters too: ``W * M`` becomes one
+    parameter that holds the zeros); fake quantization always, because it says where integers begin; random operators;
+    results above ``max_bytes`` that are larger than what they are computed from.
+    """
+
+    name = "fold-constants"
+    contract = exact
+
+    trainable: bool = False
+    max_bytes: int = 1 << 24
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 0:
+            raise PassError(f"fold-constants: max_bytes must be at least 0, not {self.max_bytes}")
+
+    def apply(self, edit: Edit) -> None:
+        constant: dict[fx.Node, bool] = {}  # -> does it read a trainable parameter
+        for node in edit.graph.nodes:
+            if node.op == "get_attr":
+                trains = edit.program.tensor(node).requires_grad
+                if self.trainable or not trains:
+                    constant[node] = trains
+            elif self._is_constant(edit, node, constant):
+                constant[node] = any(constant.get(source, False) for source in node.all_input_nodes)
+        values: dict[fx.Node, object] = {}
+        for node, trains in constant.items():
+            if node.op == "get_attr" or all(user in constant for user in node.users):
+                continue
+            if not isinstance(node.meta["val"], torch.Tensor):
+                continue  # a tuple: its getitem is folded
+            with torch.no_grad():
+                value = _evaluate(edit, node, values)
+            assert isinstance(value, torch.Tensor)
+            build = edit.build(node)
+            edit.replace(node, build.parameter(f"{node.name}_folded", value.clone(), trains))
+
+    def _is_constant(self, edit: Edit, node: fx.Node, constant: dict[fx.Node, bool]) -> bool:
+        if node.op != "call_function" or not ops.is_pure(node):
+            return False
+        known = node.target in _SHAPE_ONLY or all(s in constant for s in node.all_input_nodes)
+        if not known or _is_fake_quantize(node) or _has_symbolic_size(node):
+            return False
+        size = _bytes(node)
+        if size > self.max_bytes and size > sum(_bytes(s) for s in node.all_input_nodes):
+            edit.decline(
+                node, f"its value takes {size} bytes, more than max_bytes={self.max_bytes}"
+            )
+            return False
+        return True
+
+
+def _is_fake_quantize(node: fx.Node) -> bool:
+    return "fake_quantize" in str(node.target)
+
+
+def _leaves(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta["val"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _has_symbolic_size(node: fx.Node) -> bool:
+    leaves = _leaves(node)
+    return not leaves or any(isinstance(s, torch.SymInt) for v in leaves for s in v.shape)
+
+
+def _bytes(node: fx.Node) -> int:
+    return sum(v.numel() * v.element_size() for v in _leaves(node) if not _symbolic(v))
+
+
+def _symbolic(value: torch.Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in value.shape)
+
+
+def _evaluate(edit: Edit, node: fx.Node, values: dict[fx.Node, object]) -> object:
+    """The node's value; every constant is computed once."""
+    if node in values:
+        return values[node]
+    if node.op == "get_attr":
+        return edit.program.tensor(node)
+    if node.target in _SHAPE_ONLY:
+        like = node.args[0]
+        assert isinstance(like, fx.Node)
+        value = like.meta["val"]
+        arguments = [torch.empty(value.shape, dtype=value.dtype), *node.args[1:]]
+        values[node] = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+        return values[node]
+    args = fx.map_arg(node.args, lambda source: _evaluate(edit, source, values))
+    kwargs = fx.map_arg(node.kwargs, lambda source: _evaluate(edit, source, values))
+    assert callable(node.target)
+    values[node] = node.target(*args, **kwargs)
+    return values[node]
