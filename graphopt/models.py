@@ -20,9 +20,9 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphopt.capture import capture
 from graphopt.errors import CaptureError, InputError
 from graphopt.files import atomic_write
+from graphopt.frontend import capture
 from graphopt.program import Program, Record
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")

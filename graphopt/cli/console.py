@@ -34,7 +34,6 @@ def step(label: str) -> Iterator[None]:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table; columns of numbers are aligned to the right."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -44,10 +43,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_shown(value)) for value in row))
+    print_rich(table)
+
+
+def print_rich(value: Any) -> None:
+    """Print something of rich's as wide as the terminal, or wide where stdout is a pipe."""
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_A_PIPE)
-    console.print(table)
+    console.print(value)
 
 
 def _is_number(value: object) -> bool:

@@ -62,7 +62,8 @@ def read_image(
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     pixels = pixels.reshape(height, width, channels)
-    normal = (pixels - np.float32(normalization.mean)) / np.float32(normalization.deviation)
+    mean = np.array(normalization.mean, np.float32)
+    normal = (pixels - mean) / np.array(normalization.deviation, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32)
 
 

@@ -39,7 +39,8 @@ def _save(path: Path, arrays: list[Array]) -> None:
         if path.suffix == ".npy":
             np.save(file, arrays[0])
         else:
-            np.savez(file, **{f"output{index}": array for index, array in enumerate(arrays)})
+            named: dict[str, Any] = {f"output{i}": array for i, array in enumerate(arrays)}
+            np.savez(file, **named)
 
 
 def _top(array: Array, count: int) -> list[dict[str, Any]]:
@@ -54,7 +55,9 @@ def _top(array: Array, count: int) -> list[dict[str, Any]]:
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="A compiled model (.gopt): native code, so trust it.")],
+    model: Annotated[
+        Path, typer.Argument(help="A compiled model (.gopt): native code, so trust it.")
+    ],
     inputs: Annotated[
         list[str],
         typer.Option(

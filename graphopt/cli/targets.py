@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from graphopt.cli import options
 from graphopt.cli.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from graphopt.backends.targets import Target
 
 
 def command(json: options.Json = False, verbose: options.Verbose = False) -> None:
@@ -16,41 +21,42 @@ def command(json: options.Json = False, verbose: options.Verbose = False) -> Non
     from graphopt.backends.targets import ALIASES, TARGETS
 
     native = next((row.name for row in TARGETS.values() if row.runs_here()), None)
-    rows = [
-        {
-            "name": row.name,
-            "kind": row.kind,
-            "architecture": row.architecture,
-            "description": row.description,
-            "runs_here": row.runs_here(),
-            "native": row.name == native,
-            "missing": list(row.missing()),
-            "aliases": sorted(alias for alias, name in ALIASES.items() if name == row.name),
-        }
-        for row in TARGETS.values()
-    ]
     if json:
-        print_json(rows)
+        print_json([{**_described(row), "native": row.name == native} for row in TARGETS.values()])
         return
     print_table(
         "",
         ("target", "architecture", "runs here", "what it uses", "also called"),
         [
             (
-                row["name"],
-                row["architecture"],
-                _verdict(row["runs_here"], row["native"], row["missing"]),
-                row["description"],
-                ", ".join(row["aliases"]),
+                row.name,
+                row.architecture,
+                _verdict(row, native),
+                row.description,
+                ", ".join(sorted(alias for alias, name in ALIASES.items() if name == row.name)),
             )
-            for row in rows
+            for row in TARGETS.values()
         ],
     )
 
 
-def _verdict(runs: object, native: object, missing: object) -> str:
-    if native:
+def _described(row: Target) -> dict[str, Any]:
+    from graphopt.backends.targets import ALIASES
+
+    return {
+        "name": row.name,
+        "kind": row.kind,
+        "architecture": row.architecture,
+        "description": row.description,
+        "runs_here": row.runs_here(),
+        "missing": list(row.missing()),
+        "aliases": sorted(alias for alias, name in ALIASES.items() if name == row.name),
+    }
+
+
+def _verdict(row: Target, native: str | None) -> str:
+    if row.name == native:
         return "yes (native)"
-    if runs:
+    if row.runs_here():
         return "yes"
-    return f"no: {', '.join(missing)}" if isinstance(missing, list) and missing else "no"
+    return f"no: this CPU lacks {', '.join(row.missing())}"
