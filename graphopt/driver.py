@@ -38,13 +38,13 @@ def run(pass_: Pass, program: Program) -> Program:
         edit.program.graph_module.recompile()
         verify(edit.program)
         check_same_interface(program, edit.program)
-    except VerifyError as error:
-        raise _named(VerifyError(f"{pass_.name}: {error}"), error, edit) from error
+    except VerifyError as cause:
+        raise _named(VerifyError(f"{pass_.name}: {cause}"), cause, edit) from cause
     except GraphoptError:
         raise
-    except Exception as error:
-        wrapped = PassError(f"{pass_.name} failed: {type(error).__name__}: {error}")
-        raise _named(wrapped, error, edit) from error
+    except Exception as cause:
+        wrapped = PassError(f"{pass_.name} failed: {type(cause).__name__}: {cause}")
+        raise _named(wrapped, cause, edit) from cause
     error = _measure(pass_, program, edit.program) if edit.rewrites else 0.0
     after = edit.program.stats() if edit.rewrites else before
     record = Record(

@@ -63,6 +63,18 @@ class Build:
             owner.register_parameter(leaf, torch.nn.Parameter(tensor.detach(), requires_grad=True))
         else:
             owner.register_buffer(leaf, tensor.detach())
+        return self._read(path)
+
+    def update(self, node: fx.Node, tensor: torch.Tensor) -> fx.Node:
+        """The ``get_attr`` node of a parameter that takes another value and keeps its name.
+
+        Only for a parameter that nothing but the replaced nodes reads (``match.unshared``). Programs that share the old
+        tensor are not touched.
+        """
+        set_tensor(self._program, node, tensor)
+        return self._read(str(node.target))
+
+    def _read(self, path: str) -> fx.Node:
         graph = self._program.graph
         with graph.inserting_before(next(iter(graph.nodes))):
             node = graph.get_attr(path)
@@ -123,15 +135,7 @@ class Edit:
 
     def set_tensor(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """Let a ``get_attr`` node read another tensor; programs that share the old one are not touched. Counts one."""
-        owner, leaf = _owner(self.program.graph_module, str(node.target))
-        old = attribute(self.program.graph_module, str(node.target))
-        if isinstance(old, torch.nn.Parameter):
-            setattr(
-                owner, leaf, torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-            )
-        else:
-            setattr(owner, leaf, tensor.detach())
-        node.meta["val"] = propagate(node, fake_mode(self.program))
+        set_tensor(self.program, node, tensor)
         self.rewrites += 1
 
     def erase(self, node: fx.Node) -> None:
@@ -152,6 +156,18 @@ class Edit:
         return track(items, f"{self.pass_name}: {label}", total)
 
 
+def set_tensor(program: Program, node: fx.Node, tensor: torch.Tensor) -> None:
+    """Let a ``get_attr`` node of ``program`` read another tensor: a parameter stays one, a buffer stays one."""
+    owner, leaf = _owner(program.graph_module, str(node.target))
+    old = attribute(program.graph_module, str(node.target))
+    if isinstance(old, torch.nn.Parameter):
+        tensor = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+    else:
+        tensor = tensor.detach()
+    setattr(owner, leaf, tensor)
+    node.meta["val"] = propagate(node, fake_mode(program))
+
+
 def fake_mode(program: Program) -> FakeTensorMode:
     """The mode in which the program's shapes were recorded."""
     mode = detect_fake_mode([node.meta["val"] for node in program.inputs])
@@ -166,7 +182,10 @@ def propagate(node: fx.Node, mode: FakeTensorMode) -> Any:
         return mode.from_tensor(attribute(module, str(node.target)), static_shapes=True)
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    info = ops.info(node)
     with mode, torch.no_grad():
+        if info is not None and info.kind == "fake_quantize":
+            return torch.empty_like(args[0])  # torch has no fake form: slow, and none at all for symbolic sizes
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -197,9 +216,7 @@ def sweep(program: Program) -> int:
     """Erase calls and parameters that nothing reads; delete unread tensors from the module. Returns nodes erased."""
     erased = 0
     for node in reversed(list(program.graph.nodes)):
-        if node.users or node.op in ("placeholder", "output"):
-            continue
-        if node.op == "call_function" and node.is_impure():
+        if node.users or ops.has_effect(node):
             continue
         program.graph.erase_node(node)
         erased += 1

@@ -314,3 +314,25 @@ def macs(node: fx.Node) -> int:
     """Multiply-accumulates of a node at its example shapes (0 for operators that have none)."""
     op = info(node)
     return op.macs(node) if op is not None and op.macs is not None else 0
+
+
+def has_effect(node: fx.Node) -> bool:
+    """True where the node must stay though nothing reads it. A random call whose result is unread has no effect."""
+    return node.is_impure(impure_random=False)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True where equal arguments give equal values and nothing else happens.
+
+    Random operators are not pure (dropout is in evaluation), nor is batch norm in training mode.
+    """
+    if node.op != "call_function" or has_effect(node):
+        return False
+    if is_op(node, "dropout"):
+        return bind(node)["train"] is False
+    if is_op(node, "attention"):
+        return bool(bind(node)["dropout_p"] == 0)
+    if is_op(node, "batch_norm"):
+        return bind(node)["training"] is False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded not in tags

@@ -109,11 +109,17 @@ class Match:
 
     def unshared(self, name: str) -> None:
         """Decline where a matched constant is read by another layer too."""
-        target = self._bound[name].target
-        readers = [n for n in self.program.graph.nodes if n.op == "get_attr" and n.target == target]
-        uses = sum(len(node.users) for node in readers)
+        self.unshared_parameter(self._bound[name])
+
+    def unshared_parameter(self, parameter: fx.Node) -> None:
+        """``unshared`` for a ``get_attr`` node; a tensor held under two names counts as one."""
+        tensor = self.program.tensor(parameter)
+        uses = 0
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and self.program.tensor(node) is tensor:
+                uses += len(node.users)
         if uses != 1:
-            self.decline(f"parameter {target} is shared by {uses} layers")
+            self.decline(f"parameter {parameter.target} is shared by {uses} layers")
 
     def decline(self, reason: str) -> NoReturn:
         """Leave this place as it is, for a reason that the user will read."""

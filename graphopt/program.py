@@ -99,7 +99,7 @@ class Program:
 
     @property
     def output(self) -> fx.Node:
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return self.graph.output_node()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run in PyTorch. Raises InputError for a wrong number of inputs, a wrong rank, shape or dtype."""
@@ -150,7 +150,9 @@ class Program:
                 )
             )
         totals = [sum(column) for column in zip(*seen.values(), strict=True)] or [0, 0, 0]
-        return Stats(totals[0], totals[1], sum(l.macs for l in layers), totals[2], tuple(layers))
+        return Stats(
+            totals[0], totals[1], sum(layer.macs for layer in layers), totals[2], tuple(layers)
+        )
 
     def _parameter_of(
         self, node: fx.Node, seen: dict[str, tuple[int, int, int]]

@@ -74,13 +74,13 @@ def _check_value(node: fx.Node, fresh: Any) -> None:
     for old, new in zip(recorded, pytree.tree_leaves(fresh), strict=True):
         if not isinstance(old, torch.Tensor):
             continue
-        if old.dtype != new.dtype or not _same_shape(old.shape, new.shape):
+        if old.dtype != new.dtype or not same_shape(old.shape, new.shape):
             raise VerifyError(
                 f"node {node.name!r} is recorded as {describe(old)} but computes {describe(new)}"
             )
 
 
-def _same_shape(old: torch.Size, new: torch.Size) -> bool:
+def same_shape(old: torch.Size, new: torch.Size) -> bool:
     if len(old) != len(new):
         return False
     return all(
@@ -102,7 +102,7 @@ def check_same_interface(before: Program, after: Program) -> None:
         for index, (old, new) in enumerate(zip(nodes_before, nodes_after, strict=True)):
             a, b = old.meta["val"], new.meta["val"]
             if isinstance(a, torch.Tensor) and (
-                a.dtype != b.dtype or not _same_shape(a.shape, b.shape)
+                a.dtype != b.dtype or not same_shape(a.shape, b.shape)
             ):
                 raise VerifyError(
                     f"{role} {index} ({new.name!r}) was {describe(a)} and is now {describe(b)}"
