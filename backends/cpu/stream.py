@@ -1,0 +1,190 @@
+"""Kernels that stream activations: flat views, output rows with margins, vectors with an overlapping tail.
+
+Every kernel here reads and writes through ``View.flat``, the tensor as one row of elements; the function's own
+arguments keep the shape of the layout. A run of ``extent`` elements is swept by full vectors and a last vector that
+ends exactly at ``extent`` and overlaps its neighbour: no scalar tail, and nothing outside the run is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu.emit import Buffer, Expr, bind, constant, flat, kernel, load, store
+from graphopt.backends.cpu.workload import Layout
+
+Emit = Callable[[Expr, int], None]
+
+UNROLLED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of a kernel: its name, shape (None for the shared dynamic batch) and element type."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class View:
+    """An activation as one row of elements, addressed by its logical position."""
+
+    layout: Layout
+    flat: Buffer
+    batch: Expr
+    order: str = "nhwc"
+
+    def at(self, image: Expr, row: Expr, column: Expr = 0, channel: Expr = 0) -> Expr:
+        """Offset of a logical position; a position in the margins is reached by a negative or an overlong index."""
+        layout = self.layout
+        if self.order == "nchw":
+            line = (image * layout.channels + channel) * layout.height + row
+            return line * layout.width + column
+        line = image * layout.rows + (row + layout.top)
+        pixel = line * layout.columns + (column + layout.left)
+        return pixel * layout.channel_stride + channel
+
+    def load(self, offset: Expr, lanes: int) -> Expr:
+        """``lanes`` neighbouring elements (a scalar where ``lanes`` is 1)."""
+        return load(self.flat, offset, lanes)
+
+    def store(self, offset: Expr, value: Expr) -> None:
+        """Write the elements of a vector side by side."""
+        store(self.flat, offset, value)
+
+
+def activation_argument(name: str, layout: Layout, order: str = "nhwc") -> Argument:
+    """The parameter that holds an activation of ``layout``."""
+    if order == "nchw":
+        shape = (layout.batch, layout.channels, layout.height, layout.width)
+    else:
+        shape = (layout.batch, layout.rows, layout.columns, layout.channel_stride)
+    return Argument(name, shape, layout.dtype)
+
+
+def kernel_name(kind: str, legible: str, *shaping: object) -> str:
+    """``kind_legible_hash``: the hash covers everything that shapes the code."""
+    digest = hashlib.sha256(repr(shaping).encode()).hexdigest()[:8]
+    return f"{kind}_{legible}_{digest}"
+
+
+def build(
+    name: str, arguments: Sequence[Argument], body: Callable[[Expr, list[Buffer]], None]
+) -> PrimFunc:
+    """A ``PrimFunc`` whose ``body(batch, flat buffers)`` emits statements; a None in a shape is the dynamic batch."""
+    dynamic = tirx.Var("batch", "int64")
+    with kernel(name) as builder:
+        buffers = []
+        for argument in arguments:
+            shape = tuple(dynamic if size is None else size for size in argument.shape)
+            buffers.append(T.arg(argument.name, T.buffer(shape, argument.dtype)))
+        leading = arguments[-1].shape[0]
+        body(dynamic if leading is None else leading, [flat(buffer) for buffer in buffers])
+    return builder.get()
+
+
+def sweep(extent: int, lanes: int, emit: Emit) -> None:
+    """Call ``emit(offset, lanes)`` so that vectors cover ``[0, extent)``; the last one may overlap the one before."""
+    lanes = min(lanes, 1 << (extent.bit_length() - 1))
+    steps = extent // lanes
+    if steps <= UNROLLED_STEPS:
+        for step in range(steps):
+            emit(step * lanes, lanes)
+    else:
+        with T.serial(0, steps) as step:
+            emit(step * lanes, lanes)
+    if extent % lanes:
+        emit(extent - lanes, lanes)
+
+
+def fill(view: View, offset: Expr, count: int, vector_bytes: int) -> None:
+    """Write the layout's fill into ``count`` elements from ``offset`` on."""
+    if count == 0:
+        return
+    layout = view.layout
+    width = vector_bytes // (4 if layout.dtype == "float32" else 1)
+    base = bind(offset)
+    sweep(
+        count,
+        width,
+        lambda step, lanes: view.store(base + step, constant(layout.dtype, layout.fill, lanes)),
+    )
+
+
+def fill_pad_channels(view: View, pixel: Expr, vector_bytes: int) -> None:
+    """Write the fill behind the last channel of the pixel that starts at ``pixel``."""
+    layout = view.layout
+    pad = layout.channel_stride - layout.channels
+    fill(view, pixel + layout.channels, pad, vector_bytes)
+
+
+def for_rows(y: View, vector_bytes: int, threads: int, body: Callable[[Expr, Expr], None]) -> None:
+    """Run ``body(image, row)`` for every logical row of ``y`` and write the fill into all four margins."""
+    layout = y.layout
+    stride = layout.channel_stride
+    loop = T.parallel if threads > 1 and (layout.batch, layout.rows) != (1, 1) else T.serial
+    with loop(0, y.batch * layout.rows) as line:
+        image = bind(line // layout.rows)
+        row = bind(line % layout.rows - layout.top)
+
+        def inside() -> None:
+            fill(y, y.at(image, row, -layout.left), layout.left * stride, vector_bytes)
+            fill(y, y.at(image, row, layout.width), layout.right * stride, vector_bytes)
+            body(image, row)
+
+        if not (layout.top or layout.bottom):
+            inside()
+            return
+        with T.If(tirx.all(row >= 0, row < layout.height)):
+            with T.Then():
+                inside()
+            with T.Else():
+                edge = y.at(image, row, -layout.left)
+                fill(y, edge, layout.columns * stride, vector_bytes)
+
+
+def elementwise(
+    inputs: Sequence[View],
+    y: View,
+    lanes: int,
+    vector_bytes: int,
+    threads: int,
+    expression: Callable[[list[Expr], int], Expr],
+) -> None:
+    """``y = expression(inputs)`` element by element; an input of height and width 1 is repeated over the map."""
+    layout = y.layout
+    repeated = [(v.layout.height, v.layout.width) != (layout.height, layout.width) for v in inputs]
+    gapless = all(v.layout.channel_stride == layout.channels for v in (*inputs, y))
+    rowwise = gapless and not any(repeated)
+    run = layout.width * layout.channels if rowwise else layout.channels
+
+    def cover(image: Expr, row: Expr, column: Expr) -> None:
+        sources = [
+            bind(view.at(image, 0, 0) if still else view.at(image, row, column))
+            for view, still in zip(inputs, repeated, strict=True)
+        ]
+        target = bind(y.at(image, row, column))
+
+        def emit(offset: Expr, width: int) -> None:
+            pairs = zip(inputs, sources, strict=True)
+            values = [bind(view.load(source + offset, width)) for view, source in pairs]
+            y.store(target + offset, expression(values, width))
+
+        sweep(run, lanes, emit)
+        fill_pad_channels(y, target, vector_bytes)
+
+    def body(image: Expr, row: Expr) -> None:
+        if rowwise:
+            cover(image, row, tirx.const(0, "int32"))
+            return
+        with T.serial(0, layout.width) as column:
+            cover(image, row, column)
+
+    for_rows(y, vector_bytes, threads, body)
