@@ -6,3 +6,20 @@ from graphopt.passes.cleanup import RemoveDeadCode as RemoveDeadCode
 from graphopt.passes.cleanup import RemoveIdentities as RemoveIdentities
 from graphopt.passes.fuse import FoldBatchNorm as FoldBatchNorm
 from graphopt.passes.fuse import LowerBatchNorm as LowerBatchNorm
+from graphopt.passes.quantize import (
+    ActivationSpec,
+    InsertFakeQuant,
+    Override,
+    QuantizationSpec,
+    Quantize,
+    WeightSpec,
+)
+
+__all__ = [
+    "ActivationSpec",
+    "InsertFakeQuant",
+    "Override",
+    "QuantizationSpec",
+    "Quantize",
+    "WeightSpec",
+]
