@@ -6,20 +6,9 @@ from graphopt.passes.cleanup import RemoveDeadCode as RemoveDeadCode
 from graphopt.passes.cleanup import RemoveIdentities as RemoveIdentities
 from graphopt.passes.fuse import FoldBatchNorm as FoldBatchNorm
 from graphopt.passes.fuse import LowerBatchNorm as LowerBatchNorm
-from graphopt.passes.quantize import (
-    ActivationSpec,
-    InsertFakeQuant,
-    Override,
-    QuantizationSpec,
-    Quantize,
-    WeightSpec,
-)
-
-__all__ = [
-    "ActivationSpec",
-    "InsertFakeQuant",
-    "Override",
-    "QuantizationSpec",
-    "Quantize",
-    "WeightSpec",
-]
+from graphopt.passes.quantize import ActivationSpec as ActivationSpec
+from graphopt.passes.quantize import InsertFakeQuant as InsertFakeQuant
+from graphopt.passes.quantize import Override as Override
+from graphopt.passes.quantize import QuantizationSpec as QuantizationSpec
+from graphopt.passes.quantize import Quantize as Quantize
+from graphopt.passes.quantize import WeightSpec as WeightSpec

@@ -81,7 +81,7 @@ class InsertFakeQuant(Pass):
 
 def _groups(regions: Regions) -> Iterator[tuple[list[fx.Node], ActivationSpec]]:
     """The values that get a fake-quant node, in sets that share their parameters, each with its finest spec."""
-    edges = nx.Graph()
+    edges: nx.Graph[fx.Node] = nx.Graph()
     values: dict[fx.Node, None] = {}
     for node in regions.active:
         inputs = [v for v in regions.inputs(node) if not is_fake_quantize(v)]
