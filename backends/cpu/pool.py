@@ -24,6 +24,7 @@ from graphopt.backends.cpu.emit import (
     bind,
     broadcast,
     constant,
+    intrinsic,
     load,
     store,
     to_float,
@@ -107,9 +108,7 @@ def _maximum(workload: Pool2d, bits: int) -> _Reduction:
 
         def larger(best: Expr, value: Expr, lanes: int) -> Expr:
             # As torch: a NaN wins, and stays.
-            best = bind(best)
-            taken = bind(tirx.Select(value > best, value, best))
-            return tirx.Select(value != value, value, taken)
+            return intrinsic(vector(dtype, lanes), "llvm.maximum", best, value)
 
         return _Reduction(dtype, float("-inf"), bits // 32, larger, lambda value, *_: value)
     lowest = 0 if dtype == "uint8" else -128
@@ -120,7 +119,8 @@ def _maximum(workload: Pool2d, bits: int) -> _Reduction:
 
 def _average(workload: Pool2d, bits: int, multipliers: Buffer) -> _Reduction:
     source, target = workload.x.dtype, workload.y.dtype
-    if source == "float32":
+    rounding = workload.requantize
+    if rounding is None:
 
         def divide(total: Expr, rows: _Span, columns: _Span, lanes: int) -> Expr:
             count = workload.divisor_override or rows.counted * columns.counted
@@ -140,7 +140,7 @@ def _average(workload: Pool2d, bits: int, multipliers: Buffer) -> _Reduction:
         multiplier = multipliers[rows.counted * columns.counted]
         centred = T.cast(total, vector("int32", lanes)) - broadcast(offset, lanes)
         scaled = to_float(centred, lanes) * broadcast(multiplier, lanes)
-        q = round_and_clamp(workload.requantize, bind(scaled), lanes)
+        q = round_and_clamp(rounding, bind(scaled), lanes)
         return T.cast(q, vector(target, lanes))
 
     return _Reduction(
@@ -261,7 +261,6 @@ def _reduce(
         offset = corner + r * down * line + s * right * x.layout.channel_stride
         return reduction.combine(best, bind(x.load(offset, lanes)), lanes)
 
-    # The accumulator is a buffer even where the taps are unrolled: TVM's simplifier takes minutes over a chain of selects.
     held = T.alloc_buffer((lanes,), reduction.dtype)
     store(held, 0, initial)
     if rows.inside and columns.inside and kernel_height * kernel_width <= UNROLLED_TAPS:

@@ -56,13 +56,10 @@ def reference(workload: Pool2d, logical: np.ndarray, ceil_mode: bool) -> np.ndar
         return average(x.double(), count_include_pad=include, divisor_override=override).numpy()
     centred = x.double() - workload.x_zero_point
     total = average(centred, divisor_override=1).numpy().astype(np.float32)
-    count = (
-        1.0
-        / average(torch.ones_like(centred), count_include_pad=workload.count_include_pad).numpy()
-    )
-    if workload.count_include_pad:  # torch divides the real elements by the count
-        real = average(torch.ones_like(centred), divisor_override=1).numpy()
-        count = real * count
+    ones = torch.ones_like(centred)
+    count = average(ones, divisor_override=1).numpy()  # the real elements
+    if workload.count_include_pad:
+        count = count / average(ones, count_include_pad=True).numpy()
     if workload.divisor_override:
         count = np.full_like(count, workload.divisor_override)
     scaled = total * (np.float64(MULTIPLIER) / np.rint(count)).astype(np.float32)
