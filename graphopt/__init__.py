@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Artifact": "graphopt.artifact",
-    "CompileReport": "graphopt.compile",
+    "CompileReport": "graphopt.compiler",
     "Contract": "graphopt.contract",
     "Decline": "graphopt.errors",
     "Edit": "graphopt.edit",
@@ -30,8 +30,8 @@ _HOME = {
     "RewriteRule": "graphopt.rule",
     "Session": "graphopt.session",
     "benchmark": "graphopt.bench",
-    "capture": "graphopt.capture",
-    "compile": "graphopt.compile",
+    "capture": "graphopt.frontend",
+    "compile": "graphopt.compiler",
     "const": "graphopt.pattern",
     "exact": "graphopt.contract",
     "integerize": "graphopt.backends.integerize",

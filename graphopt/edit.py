@@ -170,7 +170,12 @@ def set_tensor(program: Program, node: fx.Node, tensor: torch.Tensor) -> None:
 
 def fake_mode(program: Program) -> FakeTensorMode:
     """The mode in which the program's shapes were recorded."""
-    mode = detect_fake_mode([node.meta["val"] for node in program.inputs])
+    return graph_mode(program.graph)
+
+
+def graph_mode(graph: fx.Graph) -> FakeTensorMode:
+    """``fake_mode`` of a graph whose placeholders carry fake tensors."""
+    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     return mode or FakeTensorMode()
 
 
@@ -185,7 +190,8 @@ def propagate(node: fx.Node, mode: FakeTensorMode) -> Any:
     info = ops.info(node)
     with mode, torch.no_grad():
         if info is not None and info.kind == "fake_quantize":
-            return torch.empty_like(args[0])  # torch has no fake form: slow, and none at all for symbolic sizes
+            # torch has no fake form: slow, and none at all for symbolic sizes
+            return torch.empty_like(args[0])  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

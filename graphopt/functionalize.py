@@ -1,42 +1,80 @@
 """In-place operators become functional ones: ``relu_(x)`` -> ``relu(x)``, and later readers of x read the result.
 
-Done on the exported graph itself where the mutated tensor has no views, so that batch norm and dropout stay single
-nodes with their training flag; a graph with mutated views goes through torch's own functionalization.
+Done on the exported graph itself where no other view of the mutated memory is read afterwards, so that batch norm and
+dropout stay single nodes with their training flag; other graphs go through torch's own functionalization. A write to an
+input is not carried out on the caller's tensor, and step counters that nothing reads (``num_batches_tracked``) go.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphopt import ops
+from graphopt.edit import graph_mode, propagate
 
 aten = torch.ops.aten
 
 
 def functionalize(exported: ExportedProgram, module: fx.GraphModule) -> fx.GraphModule:
     """``module`` without in-place calls; ``exported`` is what it was made from."""
-    in_place = [node for node in module.graph.nodes if _mutated(node) is not None]
+    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in module.graph.nodes):
+        return _by_torch(exported)  # a `with torch.no_grad()` of the model is a graph of its own
+    _drop_counters(module)
+    in_place = [node for node in module.graph.nodes if mutated(node) is not None]
     if not in_place:
         return module
-    if any(_functional(node) is None or _is_aliased(_mutated(node)) for node in in_place):
-        return _by_torch(exported)
+    for node in list(module.graph.nodes):
+        if ops.is_op(node, "dropout") and ops.is_pure(node):
+            # It returns its input itself, and torch's functionalization copies instead.
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    views = _Views(module)
     for node in in_place:
-        _make_functional(node)
+        source = mutated(node)
+        assert source is not None
+        functional = _functional(node)
+        if functional is None or source.op == "get_attr" or views.read_after(source, node, order):
+            return _by_torch(exported)
+        node.target = functional
+        if propagate(node, views.mode).dtype != source.meta["val"].dtype:
+            return _by_torch(
+                exported
+            )  # in place, the result is cast to the type of what it replaces
+        for user in list(source.users):
+            if order[user] > order[node]:
+                user.replace_input_with(source, node)
     module.recompile()
     return module
 
 
-def _mutated(node: fx.Node) -> fx.Node | None:
+def mutated(node: fx.Node) -> fx.Node | None:
     """The node whose tensor ``node`` writes to, or None."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    arguments = node.target._schema.arguments
-    for argument, value in zip(arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return value if isinstance(value, fx.Node) else None
+    for argument, value in ops.bind(node).items():
+        schema = next(a for a in node.target._schema.arguments if a.name == argument)
+        written = schema.alias_info is not None and schema.alias_info.is_write
+        if written and isinstance(value, fx.Node):
+            return value
     return None
+
+
+def _drop_counters(module: fx.GraphModule) -> None:
+    """Erase in-place calls on buffers that nothing else reads."""
+    for node in list(module.graph.nodes):
+        source = mutated(node)
+        if source is None or source.op != "get_attr" or node.users or len(source.users) > 1:
+            continue
+        if source.meta.get("val") is not None and source.meta["val"].dim() == 0:
+            module.graph.erase_node(node)
 
 
 def _functional(node: fx.Node) -> Any | None:
@@ -47,31 +85,51 @@ def _functional(node: fx.Node) -> Any | None:
     return getattr(packet, overload, None) if packet is not None else None
 
 
-def _is_view(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+class _Views:
+    """Which values share memory, found by running the operators on fake tensors."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.mode = graph_mode(module.graph)
+        self._known: dict[fx.Node, bool] = {}
+
+    def read_after(self, source: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+        """True where another view of ``source``'s memory is read after ``node`` has written to it."""
+        for other in self._sharing(source):
+            if other is source or order[other] > order[node]:
+                continue
+            if any(order[user] > order[node] for user in other.users):
+                return True
         return False
-    returns = node.target._schema.returns
-    aliased = any(value.alias_info is not None for value in returns)
-    # Composite operators (reshape, flatten, contiguous, chunk) may return views without saying so.
-    unsaid = {"reshape", "flatten", "contiguous", "chunk", "to", "unflatten", "dropout", "split"}
-    return _mutated(node) is None and (aliased or node.target._schema.name.split("::")[1] in unsaid)
+
+    def _sharing(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Every value reachable from ``node`` along views, up to their bases and down again."""
+        seen, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            yield current
+            near = [user for user in current.users if self._is_view(user)]
+            if self._is_view(current):
+                near.extend(current.all_input_nodes)
+            stack.extend(n for n in near if n not in seen)
+            seen.update(near)
+
+    def _is_view(self, node: fx.Node) -> bool:
+        if node not in self._known:
+            self._known[node] = self._shares_memory(node)
+        return self._known[node]
+
+    def _shares_memory(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or mutated(node) is not None:
+            return False
+        if node.target is operator.getitem:
+            return self._is_view(node.args[0])  # type: ignore[arg-type]
+        given = {s for n in node.all_input_nodes for s in _storages(n.meta.get("val"))}
+        return bool(given & _storages(propagate(node, self.mode)))
 
 
-def _is_aliased(node: fx.Node | None) -> bool:
-    """True where another value shares the mutated tensor's memory, or it is an input or parameter."""
-    if node is None or node.op != "call_function":
-        return True
-    return _is_view(node) or any(_is_view(user) for user in node.users)
-
-
-def _make_functional(node: fx.Node) -> None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    node.target = _functional(node)
-    order = {other: index for index, other in enumerate(node.graph.nodes)}
-    for user in list(source.users):
-        if order[user] > order[node]:
-            user.replace_input_with(source, node)
+def _storages(value: Any) -> set[int]:
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _by_torch(exported: ExportedProgram) -> fx.GraphModule:
@@ -80,6 +138,9 @@ def _by_torch(exported: ExportedProgram) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target == aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(node)
+        source = mutated(node)
+        if source is not None and source.op == "placeholder" and not node.users:
+            module.graph.erase_node(node)
     module.recompile()
     return module
 

@@ -7,6 +7,7 @@ passes work on ``clone()``, which copies the graph and shares every tensor.
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,7 +118,9 @@ class Program:
 
     def clone(self) -> Program:
         """The same program on a graph of its own; tensors are shared."""
-        graph = copy.deepcopy(self.graph)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies its own pytree specs so
+            graph = copy.deepcopy(self.graph)
         module = fx.GraphModule(self.graph_module, graph, class_name="Program")
         module.train(self.graph_module.training)
         return replace(self, graph_module=module)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
+import logging
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,17 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from graphopt import ops
+from graphopt.canonicalize import canonicalize
 from graphopt.errors import CaptureError
 from graphopt.functionalize import functionalize
 from graphopt.program import Program
 
+log = logging.getLogger(__name__)
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 _TORCH = Path(torch.__file__).parent
+# torch.export writes these after a cast; the verifier checks every dtype itself.
+_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 _KEPT_META = ("val", "nn_module_stack", "stack_trace")
 
 
@@ -42,6 +51,7 @@ def capture(
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     module = functionalize(exported, module)
+    canonicalize(module)
     for node in module.graph.nodes:
         kept = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
         node.meta = {**kept, "provenance": (node.name,)}
@@ -88,13 +98,35 @@ def _export(
         # torch specialises a dimension whose example size is 1: trace with two images.
         inputs = pytree.tree_map_only(torch.Tensor, lambda t: _at_least_two(t, high), inputs)
         batch = Dim("batch", min=low, max=high)
-        shapes = pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, inputs)
+        try:
+            named = inspect.signature(model.forward).bind(*inputs).arguments
+        except TypeError as error:
+            raise _explained(model, inputs, error) from None
+        shapes = pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, dict(named))
+    try:
+        return _traced(model, inputs, shapes), inputs
+    except Exception as error:
+        with suppress(Exception), torch.no_grad():
+            # Autograd forbids some writes (to a chunk, through out=) that inference allows.
+            return _traced(model, inputs, shapes), inputs
+        log.debug("torch.export failed", exc_info=error)
+        # its own trace is hundreds of lines of torch
+        raise _explained(model, inputs, error) from None
+
+
+def _traced(model: torch.nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """``torch.export`` without its log, which says at length what CaptureError says in a line."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False), inputs
-    except Exception as error:
-        raise _explained(model, error) from error
+            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _at_least_two(tensor: torch.Tensor, high: int) -> torch.Tensor:
@@ -107,12 +139,12 @@ def _at_least_two(tensor: torch.Tensor, high: int) -> torch.Tensor:
     return tensor[:1].expand(2, *tensor.shape[1:]).contiguous()
 
 
-def _explained(model: torch.nn.Module, error: Exception) -> CaptureError:
+def _explained(model: torch.nn.Module, inputs: tuple[Any, ...], error: Exception) -> CaptureError:
     """The error of torch.export, with the line of the user's model at which it arose."""
     name = type(model).__name__
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
-    advice = _advice(error)
+    advice = _advice(model, inputs, error)
     if not frames:
         return CaptureError(f"{name} cannot be captured: {reason}; {advice}")
     frame = frames[-1]
@@ -129,24 +161,24 @@ def _is_users(filename: str) -> bool:
     )
 
 
-def _advice(error: Exception) -> str:
+def _advice(model: torch.nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
     """What to change, by the kind of failure."""
+    try:
+        with torch.no_grad():
+            model(*pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
+    except Exception:
+        return "the model itself fails on example_inputs: check their number, shapes and dtypes"
     text = f"{type(error).__name__}: {error}"
     if "DataDependent" in text or "data-dependent" in text or "unbacked" in text.lower():
         return "the branch or size depends on tensor values: use torch.where or a fixed size"
     if "Constraints violated" in text or "specialized" in text or "marked batch as dynamic" in text:
         return "the model fixes the batch size: drop dynamic_batch or write the line for any batch"
-    if isinstance(error, TypeError):
-        return "check that example_inputs are the arguments of forward"
     return "rewrite the line with traceable tensor operations"
 
 
 def _remove_dead(module: fx.GraphModule) -> None:
     """Drop calls and parameters that nothing reads (``num_batches_tracked``, unused results)."""
     for node in reversed(list(module.graph.nodes)):
-        impure = node.op in ("placeholder", "output") or (
-            node.op == "call_function" and node.is_impure()
-        )
-        if not node.users and not impure:
+        if not node.users and (node.target in _ASSERTIONS or not ops.has_effect(node)):
             module.graph.erase_node(node)
     module.recompile()
