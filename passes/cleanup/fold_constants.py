@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -53,7 +55,7 @@ class FoldConstants(Pass):
                     constant[node] = trains
             elif self._is_constant(edit, node, constant):
                 constant[node] = any(constant.get(source, False) for source in node.all_input_nodes)
-        values: dict[fx.Node, object] = {}
+        values: dict[fx.Node, Any] = {}
         for node, trains in constant.items():
             if node.op == "get_attr" or all(user in constant for user in node.users):
                 continue
@@ -96,28 +98,22 @@ def _has_symbolic_size(node: fx.Node) -> bool:
 
 
 def _bytes(node: fx.Node) -> int:
-    return sum(v.numel() * v.element_size() for v in _leaves(node) if not _symbolic(v))
+    """Bytes of the node's value; 0 for sizes that are not known yet."""
+    if _has_symbolic_size(node):
+        return 0
+    return sum(v.numel() * v.element_size() for v in _leaves(node))
 
 
-def _symbolic(value: torch.Tensor) -> bool:
-    return any(isinstance(size, torch.SymInt) for size in value.shape)
-
-
-def _evaluate(edit: Edit, node: fx.Node, values: dict[fx.Node, object]) -> object:
+def _evaluate(edit: Edit, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """The node's value; every constant is computed once."""
-    if node in values:
-        return values[node]
     if node.op == "get_attr":
         return edit.program.tensor(node)
-    if node.target in _SHAPE_ONLY:
-        like = node.args[0]
-        assert isinstance(like, fx.Node)
-        value = like.meta["val"]
-        arguments = [torch.empty(value.shape, dtype=value.dtype), *node.args[1:]]
-        values[node] = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
-        return values[node]
-    args = fx.map_arg(node.args, lambda source: _evaluate(edit, source, values))
-    kwargs = fx.map_arg(node.kwargs, lambda source: _evaluate(edit, source, values))
-    assert callable(node.target)
-    values[node] = node.target(*args, **kwargs)
+    if node not in values:
+        args, kwargs = node.args, node.kwargs
+        if node.target in _SHAPE_ONLY:
+            like = args[0].meta["val"]  # type: ignore[union-attr]
+            args = (torch.empty(like.shape, dtype=like.dtype), *args[1:])  # type: ignore[assignment]
+        known = functools.partial(_evaluate, edit, values=values)
+        assert callable(node.target)
+        values[node] = node.target(*fx.map_arg(args, known), **fx.map_arg(kwargs, known))
     return values[node]

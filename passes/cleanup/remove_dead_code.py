@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from graphopt import ops
 from graphopt.contract import exact
 from graphopt.edit import Edit
@@ -24,13 +26,13 @@ class RemoveDeadCode(Pass):
     contract = exact
 
     def apply(self, edit: Edit) -> None:
-        first: dict[str, object] = {}
+        first: dict[str, fx.Node] = {}
         for node in list(edit.graph.nodes):
             if node.op != "get_attr":
                 continue
             known = first.setdefault(str(node.target), node)
             if known is not node:
-                node.replace_all_uses_with(known)  # type: ignore[arg-type]
+                node.replace_all_uses_with(known)
                 edit.erase(node)
         for node in reversed(list(edit.graph.nodes)):
             if not node.users and not ops.has_effect(node):
