@@ -26,6 +26,12 @@ from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
+_LINE_BYTES = 64
+_RESIDENT_BYTES = 64 * 1024  # smaller weights are quick to fetch
+_PREFETCHED_TILES = 32  # more tiles than this hide one slow tile; fewer than 2 stream, which the hardware prefetches
+
+_Place = tuple[Expr, Expr, Expr]  # image, row, column
+
 __all__ = ["conv2d", "function_name", "pack_conv2d"]
 
 
@@ -128,6 +134,8 @@ class _Kernel:
         """Chunks of tiles x groups x channel blocks: the loop that threads share."""
         plan = self.plan
         units, chunk, chunks = self._chunks()
+        streams = plan.packed_weights * (1 if self.integer else 4) > _RESIDENT_BYTES
+        self.prefetch_tiles = chunk if streams and 1 < chunk <= _PREFETCHED_TILES else 0
         blocks = plan.groups * plan.blocks
         with emit.loop(chunks * blocks, parallel=self.threads > 1) as task:
             first = bind(emit.floor_div(task, blocks) * chunk)
@@ -173,7 +181,7 @@ class _Kernel:
         y_channel = bind(group * plan.out_channels + block * (plan.vectors * plan.lanes))
         vectors = -(-channels // plan.lanes)
         with T.serial(first, last) as unit:
-            image, row, column = self._place(unit)
+            place = self._place(unit)
             accumulators = emit.Accumulators(
                 plan.pixels, vectors, self.accumulator_dtype, plan.lanes
             )
@@ -181,12 +189,13 @@ class _Kernel:
                 start = bind(emit.load(self.bias, packed_channel + v * plan.lanes, plan.lanes))
                 for p in range(plan.pixels):
                     accumulators.set(p, v, start)
-            self._window(
-                accumulators, vectors, weights, self._x_start(image, row, column) + x_channel
-            )
-            self._finish(accumulators, channels, packed_channel, y_channel, (image, row, column))
+            self._prefetch_residual(channels, y_channel, place)
+            ahead = self._prefetch_start(unit - first, weights, vectors)
+            x_start = self._x_start(place) + x_channel
+            self._window(accumulators, vectors, weights, x_start, ahead)
+            self._finish(accumulators, channels, packed_channel, y_channel, place)
 
-    def _place(self, unit: Expr) -> tuple[Expr, Expr, Expr]:
+    def _place(self, unit: Expr) -> _Place:
         """Image, row and column of a tile's first pixel; a last tile that would not fit starts earlier."""
         y, plan = self.workload.y, self.plan
         if plan.flat_pixels:
@@ -199,15 +208,47 @@ class _Kernel:
         )
         return bind(emit.floor_div(line, y.height)), bind(emit.floor_mod(line, y.height)), column
 
-    def _x_start(self, image: Expr, row: Expr, column: Expr) -> Expr:
+    def _x_start(self, place: _Place) -> Expr:
+        image, row, column = place
         workload = self.workload
         (sh, sw), (top, left) = workload.stride, workload.padding
         x_row = row * sh + (workload.x.top - top)
         x_column = column * sw + (workload.x.left - left)
         return _pixel(workload.x, image, x_row, x_column)
 
+    @staticmethod
+    def _corner(layout: Layout, place: _Place) -> Expr:
+        """Offset of the tile's first pixel in a tensor of the output's shape."""
+        image, row, column = place
+        return _pixel(layout, image, row + layout.top, column + layout.left)
+
+    def _prefetch_residual(self, channels: int, y_channel: Expr, place: _Place) -> None:
+        """Ask for the residual's lines before the window starts: they come from far, in short pieces."""
+        residual = self.workload.residual
+        if residual is None or self.residual is None:
+            return
+        start = bind(self._corner(residual, place) + y_channel)
+        line = _LINE_BYTES if residual.dtype == "uint8" else _LINE_BYTES // 4
+        for p in range(self.plan.pixels):
+            for channel in range(0, channels, line):
+                index = start + (p * residual.channel_stride + channel)
+                emit.prefetch(self.residual, index, near=True)
+
+    def _prefetch_start(self, tile: Expr, weights: Expr, vectors: int) -> Expr | None:
+        """Where this tile of a chunk begins to prefetch: its share of the next channel block's weights."""
+        if not self.prefetch_tiles:
+            return None
+        block = vectors * self.plan.step_elements * self.plan.all_steps
+        share = -(-block // self.prefetch_tiles)
+        return bind(weights + block + tile * share)
+
     def _window(
-        self, accumulators: emit.Accumulators, vectors: int, weights: Expr, x_start: Expr
+        self,
+        accumulators: emit.Accumulators,
+        vectors: int,
+        weights: Expr,
+        x_start: Expr,
+        ahead: Expr | None,
     ) -> None:
         """Multiply a tile's windows by one channel block: loops over window rows, spans and steps."""
         plan, x = self.plan, self.workload.x
@@ -219,13 +260,23 @@ class _Kernel:
             x_span = bind(
                 x_start + r * (dh * x.columns * x.channel_stride) + s * (dw * x.channel_stride)
             )
-            w_span = bind(weights + (r * plan.taps_wide + s) * (plan.steps * depth))
+            span = r * plan.taps_wide + s
+            w_span = bind(weights + span * (plan.steps * depth))
             if whole:
                 with _optional_loop(whole) as k:
+                    if ahead is not None:
+                        self._prefetch(ahead, span * plan.steps + k, depth)
                     self._step(accumulators, vectors, w_span + k * depth, x_span + k * plan.step)
             if partial:
                 last = x_span + whole * plan.step
                 self._step(accumulators, vectors, w_span + whole * depth, last, partial)
+
+    def _prefetch(self, ahead: Expr, step: Expr, depth: int) -> None:
+        """One step's part of the tile's share, a prefetch a line."""
+        share = -(-depth // self.prefetch_tiles)
+        line = _LINE_BYTES // (1 if self.integer else 4)
+        for offset in range(0, share, line):
+            emit.prefetch(self.weight, ahead + step * share + offset)
 
     def _step(
         self,
@@ -261,17 +312,15 @@ class _Kernel:
         channels: int,
         packed_channel: Expr,
         y_channel: Expr,
-        place: tuple[Expr, Expr, Expr],
+        place: _Place,
     ) -> None:
         """Epilogue and store of a tile, in pieces of whole vectors and descending powers of two."""
         plan, workload = self.plan, self.workload
-        image, row, column = place
         y, residual = workload.y, workload.residual
-        y_start = bind(_pixel(y, image, row + y.top, column + y.left) + y_channel)
+        y_start = bind(self._corner(y, place) + y_channel)
         r_start: Expr = 0
         if residual is not None:
-            corner = _pixel(residual, image, row + residual.top, column + residual.left)
-            r_start = bind(corner + y_channel)
+            r_start = bind(self._corner(residual, place) + y_channel)
         epilogue = workload.epilogue
         late = epilogue.activation
         if late is None or late.name not in LONG:

@@ -15,7 +15,11 @@ from graphopt.errors import CompileError
 _LOOP_CYCLES = 1.0  # a step's loop counter and branch
 _DOT_LATENCY = 4.0  # cycles from an accumulator to itself
 _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
+_TAIL_PENALTY = 1.05  # a narrower last block is code of its own
+_L2_BYTES_A_CYCLE = 32.0  # what weights that outgrow L1 stream at
 _TILE_CYCLES = 12.0  # a tile: addresses, accumulators, loop exits
+_PAGE_BYTES = 4096  # pixels this far apart share one set of the L1 cache
+_ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the speed of 7 x 2
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,16 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
         spread, weights = (1.0, 1.0) if isa.halves == 1 else (3.0, 2.0)
     arithmetic = pixels * vectors * products + pixels * (spread - 1)
     step = max(arithmetic / 2, (pixels * spread + vectors * weights) / 2, _DOT_LATENCY)
+    weight_bytes = vectors * isa.vector_bytes
+    if steps * weight_bytes > isa.l1_bytes // 2:
+        step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
     return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
 
 
-def _choose_tile(isa: Isa, dtype: str, line: int, vectors: int, steps: int) -> tuple[int, int]:
-    """The register tile of least estimated time for a line of pixels and the channel vectors of a group."""
+def _choose_tile(
+    isa: Isa, dtype: str, line: int, pitch: int, vectors: int, steps: int
+) -> tuple[int, int]:
+    """The register tile of least estimated time for a line of pixels ``pitch`` bytes apart and a group's vectors."""
 
     def cycles(tile: tuple[int, int]) -> float:
         pixels, width = tile
@@ -175,9 +184,11 @@ def _choose_tile(isa: Isa, dtype: str, line: int, vectors: int, steps: int) -> t
         one = full * _tile_cycles(isa, dtype, pixels, width, steps)
         if tail:
             one += _tile_cycles(isa, dtype, pixels, tail, steps)
+            one *= _TAIL_PENALTY
         return math.ceil(line / pixels) * one
 
-    fitting = [t for t in isa.tiles(dtype) if t[0] <= line and t[1] <= vectors]
+    most = line if pitch % _PAGE_BYTES else min(line, _ALIASED_PIXELS)
+    fitting = [t for t in isa.tiles(dtype) if t[0] <= most and t[1] <= vectors]
     return min(fitting, key=cycles)
 
 
@@ -204,7 +215,9 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
     if flat:
         line = y.height * y.width * (x.batch or 1)
     steps = kh * wide * -(-span // step)
-    pixels, vectors = _choose_tile(isa, x.dtype, line, -(-out_channels // isa.lanes), steps)
+    pitch = workload.stride[1] * x.channel_stride * (1 if step == INT8_STEP else 4)
+    group_vectors = -(-out_channels // isa.lanes)
+    pixels, vectors = _choose_tile(isa, x.dtype, line, pitch, group_vectors, steps)
     return ConvPlan(
         groups=groups,
         in_channels=in_channels,

@@ -63,6 +63,13 @@ def store(buffer: Buffer, index: Expr, value: Expr) -> None:
     T.add_to_parent(buffer.vstore(index, value))
 
 
+def prefetch(buffer: Buffer, index: Expr, write: bool = False, near: bool = False) -> None:
+    """Ask for the line of an element in L2, or L1 where ``near``; an address past the end does no harm."""
+    address = T.address_of(buffer[index])
+    locality = 3 if near else 2
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, int(write), locality, 1))
+
+
 def flat(buffer: Buffer) -> Buffer:
     """The same memory as one dimension: kernels compute their own offsets."""
     size: Expr = 1

@@ -17,7 +17,6 @@ class Isa:
     An int8 step multiplies a broadcast of 4 uint8 activations by int8 weights of ``lanes`` output channels. With
     ``dot_group`` 4 one instruction does it (``dot_accumulates``: it adds to its first operand). With ``dot_group`` 2 both
     sides are widened to int16 and two multiply-adds of pairs do it: u8 * s8 + u8 * s8 stays below 2**17, nothing saturates.
-    ``int8_accumulators`` and ``float_accumulators`` bound the accumulators of a register tile.
     """
 
     name: str
@@ -31,8 +30,6 @@ class Isa:
     dot_group: int
     dot_accumulates: bool
     fma: bool
-    int8_accumulators: int
-    float_accumulators: int
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 512 * 1024
 
@@ -66,12 +63,16 @@ class Isa:
         return tuple(feature for feature in self.features if feature not in cpu_flags)
 
     def tiles(self, dtype: str) -> tuple[tuple[int, int], ...]:
-        """Register tiles ``(pixels, channel vectors)`` whose accumulators and weights fit the register file."""
-        limit = self.float_accumulators if dtype == "float32" else self.int8_accumulators
-        vectors = (v for v in range(1, 9) if v <= limit)
+        """Register tiles ``(pixels, channel vectors)`` that fit: accumulators, a step's weights, its spread pixel, a product.
+
+        One register more than there are and the accumulators spill: 7 x 4 zmm run at 0.75 of 7 x 2.
+        """
+        halves = 1 if dtype == "float32" else self.halves
+        accumulates = self.fma if dtype == "float32" else self.dot_accumulates
+        free = self.registers - halves - (not accumulates)
         return tuple(
-            (pixels, v)
-            for v in vectors
-            for pixels in range(1, limit // v + 1)
-            if pixels == 1 or pixels * v + v <= self.registers
+            (pixels, vectors)
+            for vectors in range(1, 9)
+            for pixels in range(1, free // vectors)
+            if pixels * vectors + halves * vectors <= free
         )

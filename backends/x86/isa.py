@@ -24,8 +24,6 @@ ISAS: dict[str, Isa] = {
             dot_group=4,
             dot_accumulates=True,
             fma=True,
-            int8_accumulators=28,  # 30 spill: 0.6x
-            float_accumulators=28,
             l2_bytes=1024 * 1024,
         ),
         Isa(
@@ -40,8 +38,6 @@ ISAS: dict[str, Isa] = {
             dot_group=4,
             dot_accumulates=True,
             fma=True,
-            int8_accumulators=12,
-            float_accumulators=12,
         ),
         Isa(
             name="avx512",
@@ -55,8 +51,6 @@ ISAS: dict[str, Isa] = {
             dot_group=2,
             dot_accumulates=False,
             fma=True,
-            int8_accumulators=24,
-            float_accumulators=28,
             l2_bytes=1024 * 1024,
         ),
         Isa(
@@ -71,8 +65,6 @@ ISAS: dict[str, Isa] = {
             dot_group=2,
             dot_accumulates=False,
             fma=True,
-            int8_accumulators=8,
-            float_accumulators=12,
         ),
         Isa(
             name="sse4",
@@ -86,8 +78,6 @@ ISAS: dict[str, Isa] = {
             dot_group=2,
             dot_accumulates=False,
             fma=False,
-            int8_accumulators=8,
-            float_accumulators=12,
             l2_bytes=256 * 1024,
         ),
     )
