@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 BINS = 4096
-_SMALLEST_EXPONENT = -110  # 2**110 * x stays finite in float32 for every x below 2**17
+_PIECE = 1 << 20
+_SMALLEST_EXPONENT = -160  # every float32 is a multiple of 2**-149
 
 
 class StreamingHistogram:
@@ -49,9 +50,11 @@ class StreamingHistogram:
         if self.exponent is None:
             self.counts[0] += values.numel()
             return
-        scaled = values.detach().reshape(-1).float() * math.ldexp(1.0, -self.exponent)
-        indices = scaled.floor_().to(torch.int64).sub_(self.first)
-        self.counts += torch.bincount(indices, minlength=self.bins).cpu().numpy()
+        # In double, where no value underflows to the bin of 0, and in pieces, so that no copy is as large as the tensor.
+        for piece in values.detach().reshape(-1).split(_PIECE):
+            scaled = piece.double() * math.ldexp(1.0, -self.exponent)
+            indices = scaled.floor_().to(torch.int64).sub_(self.first)
+            self.counts += torch.bincount(indices, minlength=self.bins).cpu().numpy()
 
     def _widen(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)

@@ -12,8 +12,8 @@ import torch
 
 from graphopt.passes.quantize.spec import ActivationSpec, WeightSpec
 
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-LARGEST_SCALE = float(np.finfo(np.float32).max)
+SMALLEST_SCALE = 2.0**-126  # normal in float32, and so is its inverse
+LARGEST_SCALE = 2.0**126
 _FRACTIONS = torch.linspace(0.3, 1.0, 71, dtype=torch.float64)
 
 

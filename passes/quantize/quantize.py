@@ -1,4 +1,4 @@
-"""The int8 recipe in one pass: fold batch norms, then insert fake quantization."""
+"""The int8 recipe in one pass: fold batch norms, then insert fake quantization where it belongs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Edit
+from graphopt.passes.cleanup.remove_identities import RemoveIdentities
 from graphopt.passes.fuse.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.quantize.insert_fake_quant import InsertFakeQuant
 from graphopt.passes.quantize.spec import QuantizationSpec, WeightSpec
@@ -18,7 +19,7 @@ from graphopt.registry import register
 @register
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """``program -> insert_fake_quant(fold_batch_norm(program))``: uint8 activations, int8 weights.
+    """``program -> insert_fake_quant(fold_batch_norm(remove_identities(program)))``: uint8 activations, int8 weights.
 
     ``calibration`` is an iterable of input batches (32 to 128 images do); ``observer`` as in ``InsertFakeQuant``,
     ``weight_observer`` "minmax" or "mse"; ``exclude`` keeps layers in float (node names, module paths, globs,
@@ -50,7 +51,7 @@ class Quantize(Pass):
             observer=self.observer,
             percentile=self.percentile,
         )
-        return (FoldBatchNorm(), insert)
+        return (RemoveIdentities(), FoldBatchNorm(), insert)
 
     def apply(self, edit: Edit) -> None:
         for pass_ in self.passes():

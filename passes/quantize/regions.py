@@ -70,7 +70,7 @@ class Regions:
         if node.target is operator.getitem:
             return True
         op = ops.info(node)
-        return op is not None and op.name in SAME_QPARAMS
+        return op is not None and (op.name in SAME_QPARAMS or _is_whole(node))
 
     def shares(self, node: fx.Node) -> bool:
         """True for an operator whose output has its inputs' parameters."""
@@ -166,8 +166,10 @@ def _unfit(node: fx.Node, op: ops.Op) -> str | None:
     is_sum = isinstance(arguments.get("other"), fx.Node) and arguments.get("alpha") == 1
     if op.name == "add" and not is_sum:
         return "adds a number or scales an operand"
-    if op.name == "adaptive_avg_pool2d" and list(arguments["output_size"]) != [1, 1]:
-        return "only global average pooling has an integer form"
+    if op.kind == "pool" and value.dim() != 4:
+        return "its input is not [N, C, H, W]"
+    if op.name == "adaptive_avg_pool2d" and not _is_even(arguments):
+        return "its windows differ in size"
     if op.name == "mean" and not _is_spatial(arguments, value):
         return "only the mean over height and width has an integer form"
     if op.name == "pad" and (arguments.get("mode", "constant") != "constant" or arguments["value"]):
@@ -177,6 +179,20 @@ def _unfit(node: fx.Node, op: ops.Op) -> str | None:
     ):
         return "a bound is computed"
     return None
+
+
+def _is_even(arguments: dict[str, Any]) -> bool:
+    """True where an adaptive pool's windows are all of one size."""
+    sizes = zip(arguments["self"].meta["val"].shape[2:], arguments["output_size"], strict=True)
+    return all(have % want == 0 for have, want in sizes)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """True for an adaptive pool that returns its input."""
+    if not ops.is_op(node, "adaptive_avg_pool2d"):
+        return False
+    arguments = ops.bind(node)
+    return list(arguments["self"].meta["val"].shape[2:]) == list(arguments["output_size"])
 
 
 def _is_spatial(arguments: dict[str, Any], value: torch.Tensor) -> bool:

@@ -11,10 +11,12 @@ from graphopt import ops
 from graphopt.errors import QuantizeError
 from graphopt.passes.quantize import layer
 
-SEEDS = ("conv2d", "linear")
+SEEDS = ("conv1d", "conv1d_same", "conv2d", "conv2d_same", "linear")
 AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d", "mean")
 CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
-QUANTIZABLE = (*(op.name for op in ops.TABLE if op.quantizable), "pad")
+QUANTIZABLE = tuple(
+    op.name for op in ops.TABLE if op.quantizable or op.name == "pad" or op.name in SEEDS
+)
 SAME_QPARAMS = (*(op.name for op in ops.TABLE if op.quantizable and op.same_qparams), "pad")
 WEIGHT_OBSERVERS = ("minmax", "mse")
 
