@@ -32,7 +32,7 @@ class Constants:
     def _evaluate(self, node: fx.Node) -> Tensor | None:
         if node.op == "get_attr":
             return self._program.tensor(node).detach()
-        if node.op != "call_function" or not node.all_input_nodes or node.is_impure():
+        if node.op != "call_function" or node.is_impure() or _is_random(node):
             return None
         if any(self.value(argument) is None for argument in node.all_input_nodes):
             return None
@@ -41,3 +41,7 @@ class Constants:
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.detach() if isinstance(result, Tensor) else None
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -26,6 +26,7 @@ from graphopt.integer.arithmetic import QParams
 aten = torch.ops.aten
 
 _MERGED = ("add", "concat")
+_QUANTIZABLE = (*layers.NAMES, "pad")  # beside those that the op table says so of
 _NOT_LAYERS = ("shape", "fake_quantize", "dropout")
 _NO_PAD = (0, 0, 0, 0)
 
@@ -257,7 +258,9 @@ class Lowering:
 
     def _record_declines(self) -> None:
         for node in self._live_nodes():
-            if _computes_float(node) and node not in self._quantized:
+            if node in self._quantized or not _computes_float(node):
+                continue
+            if self._constants.value(node) is None:
                 self._edit.decline(node, self._reason(node))
 
     def _reason(self, node: fx.Node) -> str:
@@ -266,7 +269,7 @@ class Lowering:
         if node in self._reasons:
             return self._reasons[node]
         op = ops.info(node)
-        if op is None or not (op.quantizable or op.name in layers.NAMES):
+        if op is None or not (op.quantizable or op.name in _QUANTIZABLE):
             return f"{op.name if op is not None else node.target} has no integer form"
         if not any(value in self._quantized for value in ops.activations(node)):
             return "its input is not fake-quantized"
