@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Cli
 
 COMMANDS = ("compress", "compile", "run", "bench", "inspect", "passes", "targets", "demo")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.cli.conftest import Cli
 
 from graphopt.models import read_program
+from tests.cli.conftest import Cli
 
 SHAPE = ("--input-shape", "1x3x16x16")
 PLUGIN = ("--plugin", "plugin.py")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.conftest import Cli
-
 from graphopt.backends.targets import TARGETS
 from graphopt.registry import all_passes
+from tests.cli.conftest import Cli
 
 
 def test_passes_json_describes_every_pass(cli: Cli) -> None:
