@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import ops
 from graphopt.canonicalize import canonicalize
+from graphopt.edit import graph_mode, propagate
 from graphopt.errors import CaptureError
 from graphopt.functionalize import functionalize
 from graphopt.program import Program
@@ -55,6 +56,8 @@ def capture(
     for node in module.graph.nodes:
         kept = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
         node.meta = {**kept, "provenance": (node.name,)}
+        if "val" not in kept and node.op == "call_function":
+            node.meta["val"] = propagate(node, graph_mode(module.graph))
     _remove_dead(module)
     program = Program(module, inputs, dynamic_batch).clone()
     for node in program.inputs:

@@ -1,0 +1,294 @@
+"""Convolutions and linear layers as steps: float and integer, with what their epilogue can carry.
+
+Fused: an activation (float), a residual sum (integer ``graphopt::add``, float ``aten.add``), a batch norm that nothing
+could fold (as a 1 x 1 depthwise convolution).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphopt import ops
+from graphopt.backends.cpu.conv import conv2d
+from graphopt.backends.cpu.conv_pack import pack_conv2d
+from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
+from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
+from graphopt.backends.lower.fusing import activation_of, later_residual, sole_user
+from graphopt.backends.lower.step import (
+    Context,
+    Kernel,
+    Margins,
+    Step,
+    is_integer_op,
+    rank,
+    value_of,
+)
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The geometry of a convolution; ``padding`` is (top, left)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Where weight, bias and multiplier come from; ``None`` where there is none."""
+
+    weight: fx.Node
+    bias: fx.Node | None
+    multiplier: fx.Node | None = None
+
+
+class ConvolutionStep(Step):
+    """One convolution kernel, its epilogue included."""
+
+    whole_dots = True
+
+    def __init__(
+        self,
+        nodes: list[fx.Node],
+        x: fx.Node,
+        constants: Constants,
+        window: Window,
+        x_zero_point: int = 0,
+        epilogue: Epilogue = Epilogue(),
+        residual: fx.Node | None = None,
+    ) -> None:
+        super().__init__(nodes, [x] if residual is None else [x, residual], nodes[-1])
+        self.constants = constants
+        self.window = window
+        self.x_zero_point = x_zero_point
+        self.epilogue = epilogue
+
+    def margins(self, index: int) -> Margins:
+        if index != 0 or rank(self.inputs[0]) != 4:
+            return Margins()
+        height, width = (int(size) for size in value_of(self.inputs[0]).shape[2:])
+        out_height, out_width = (int(size) for size in value_of(self.nodes[0]).shape[2:])
+        (kh, kw), (sh, sw), (dh, dw) = self.window.kernel, self.window.stride, self.window.dilation
+        top, left = self.window.padding
+        bottom = (out_height - 1) * sh - top + (kh - 1) * dh - (height - 1)
+        right = (out_width - 1) * sw - left + (kw - 1) * dw - (width - 1)
+        return Margins(top, max(0, bottom), left, max(0, right))
+
+    def fill(self, index: int) -> int:
+        return self.x_zero_point if index == 0 else 0
+
+    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+        workload = Conv2d(
+            x=inputs[0],
+            y=output,
+            kernel=self.window.kernel,
+            stride=self.window.stride,
+            padding=self.window.padding,
+            dilation=self.window.dilation,
+            groups=self.window.groups,
+            x_zero_point=self.x_zero_point,
+            epilogue=self.epilogue,
+            residual=inputs[1] if len(inputs) > 1 else None,
+        )
+        weight, bias, multiplier = self._arrays(context, workload)
+        is_depthwise = workload.groups == workload.x.channels == workload.y.channels > 1
+        make, pack = (depthwise, pack_depthwise) if is_depthwise else (conv2d, pack_conv2d)
+        function = make(workload, context.isa, context.threads)
+        packed = pack(workload, context.isa, weight, bias, multiplier)
+        name = str(function.attrs["global_symbol"])
+        return Kernel(name, function, tuple(packed), workload.macs)
+
+    def _arrays(
+        self, context: Context, workload: Conv2d
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Weight as OIHW, bias, multiplier."""
+        weight = context.array(self.constants.weight)
+        weight = weight.reshape(*weight.shape[:2], *workload.kernel)
+        bias, multiplier = (
+            None if node is None else context.array(node)
+            for node in (self.constants.bias, self.constants.multiplier)
+        )
+        return weight, bias, multiplier
+
+
+class BatchNormStep(ConvolutionStep):
+    """``y = x * s + (beta - mean * s)`` with ``s = gamma / sqrt(variance + eps)``, as a depthwise 1 x 1 convolution."""
+
+    def __init__(self, nodes: list[fx.Node], epilogue: Epilogue) -> None:
+        arguments = ops.bind(nodes[0])
+        x = arguments["input"]
+        channels = int(value_of(x).shape[1])
+        statistics = Constants(arguments["running_var"], arguments["running_mean"])
+        super().__init__(nodes, x, statistics, Window(groups=channels), epilogue=epilogue)
+        self._affine = arguments["weight"], arguments["bias"], float(arguments["eps"])
+
+    def _arrays(
+        self, context: Context, workload: Conv2d
+    ) -> tuple[Array, Array | None, Array | None]:
+        gamma, beta, epsilon = self._affine
+        variance = context.array(self.constants.weight).astype(np.float64)
+        assert self.constants.bias is not None
+        mean = context.array(self.constants.bias).astype(np.float64)
+        scale = 1.0 / np.sqrt(variance + epsilon)
+        if gamma is not None:
+            scale = scale * context.array(gamma)
+        shift = -mean * scale if beta is None else context.array(beta) - mean * scale
+        weight = scale.astype(np.float32).reshape(-1, 1, 1, 1)
+        return weight, shift.astype(np.float32), None
+
+
+def _is_constant(*nodes: Any) -> bool:
+    return all(
+        node is None or (isinstance(node, fx.Node) and node.op == "get_attr") for node in nodes
+    )
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    if isinstance(values, int):
+        return values, values
+    values = list(values)
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def select_float(node: fx.Node) -> Step | None:
+    """``aten.conv2d``, ``aten.linear``, an unfolded ``aten.batch_norm`` of float32, with residual sum and activation."""
+    if value_of(node).dtype != torch.float32:
+        return None
+    if ops.is_op(node, "conv2d", "conv2d_same"):
+        return _float_convolution(node)
+    if ops.is_op(node, "linear"):
+        return _float_linear(node)
+    if ops.is_op(node, "batch_norm"):
+        return _batch_norm(node)
+    return None
+
+
+def _float_convolution(node: fx.Node) -> Step | None:
+    a = ops.bind(node)
+    if rank(node) != 4 or not _is_constant(a["weight"], a["bias"]):
+        return None
+    kernel = _pair([int(size) for size in value_of(a["weight"]).shape[2:]])
+    dilation = _pair(a["dilation"])
+    padding = _padding(a["padding"], kernel, dilation)
+    window = Window(kernel, _pair(a["stride"]), padding, dilation, int(a["groups"]))
+    constants = Constants(a["weight"], a["bias"])
+    return _with_float_epilogue(node, a["input"], constants, window)
+
+
+def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """(top, left); "same" puts the odd element at the end, as torch does."""
+    if padding == "valid":
+        return 0, 0
+    if padding == "same":
+        return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
+    return _pair(padding)
+
+
+def _with_float_epilogue(
+    node: fx.Node, x: fx.Node, constants: Constants, window: Window
+) -> ConvolutionStep:
+    nodes, residual = [node], None
+    add = sole_user(node)
+    if ops.is_op(add, "add") and ops.bind(add).get("alpha", 1) == 1:
+        residual = later_residual(node, add)
+        if residual is not None:
+            nodes.append(add)
+    activation = activation_of(sole_user(nodes[-1]))
+    if activation is not None:
+        nodes.append(sole_user(nodes[-1]))
+    epilogue = Epilogue(float_residual=residual is not None, activation=activation)
+    return ConvolutionStep(nodes, x, constants, window, epilogue=epilogue, residual=residual)
+
+
+def _float_linear(node: fx.Node) -> Step | None:
+    a = ops.bind(node)
+    if not _is_constant(a["weight"], a["bias"]) or rank(node) < 2:
+        return None
+    nodes = [node]
+    activation = activation_of(sole_user(node))
+    if activation is not None:
+        nodes.append(sole_user(node))
+    constants = Constants(a["weight"], a["bias"])
+    step = ConvolutionStep(
+        nodes, a["input"], constants, Window(), epilogue=Epilogue(activation=activation)
+    )
+    return _plain_rows(step)
+
+
+def _plain_rows(step: Step) -> Step:
+    """Linear layers of more than two dimensions have their channels last: they read and write plain tensors."""
+    if rank(step.output) != 2:
+        step.plain_inputs = [True] * len(step.inputs)
+        step.plain_output = True
+    return step
+
+
+def _batch_norm(node: fx.Node) -> Step | None:
+    a = ops.bind(node)
+    constant = _is_constant(a["weight"], a["bias"], a["running_mean"], a["running_var"])
+    if rank(node) != 4 or a["training"] or a["running_mean"] is None or not constant:
+        return None
+    activation = activation_of(sole_user(node))
+    nodes = [node] if activation is None else [node, sole_user(node)]
+    return BatchNormStep(nodes, Epilogue(activation=activation))
+
+
+def select_integer(node: fx.Node) -> Step | None:
+    """``graphopt::conv2d``, ``graphopt::linear`` and their dequantizing forms."""
+    if not is_integer_op(node):
+        return None
+    namespace = torch.ops.graphopt
+    if node.target in (namespace.conv2d.default, namespace.conv2d_dequantize.default):
+        a = ops.bind(node)
+        kernel = _pair([int(size) for size in value_of(a["weight"]).shape[2:]])
+        top, left, *_ = a["padding"]
+        window = Window(kernel, _pair(a["stride"]), (top, left), _pair(a["dilation"]), a["groups"])
+        return _with_integer_epilogue(node, a, window)
+    if node.target in (namespace.linear.default, namespace.linear_dequantize.default):
+        return _plain_rows(_with_integer_epilogue(node, ops.bind(node), Window()))
+    return None
+
+
+def _with_integer_epilogue(node: fx.Node, a: dict[str, Any], window: Window) -> Step:
+    constants = Constants(a["weight"], a["bias"], a["multiplier"])
+    nodes, residual = [node], None
+    if "y_zero_point" not in a:
+        activation = activation_of(sole_user(node))
+        if activation is not None:
+            nodes.append(sole_user(node))
+        epilogue = Epilogue(activation=activation)
+        return ConvolutionStep(nodes, a["x"], constants, window, a["x_zero_point"], epilogue)
+    epilogue = Epilogue(requantize=Requantize(a["y_zero_point"], a["qmin"], a["qmax"]))
+    add = sole_user(node)
+    if add is not None and add.target == torch.ops.graphopt.add.default and rank(node) == 4:
+        residual = later_residual(node, add)
+        if residual is not None:
+            nodes.append(add)
+            epilogue = replace(epilogue, residual_add=quantized_add(add, node))
+    return ConvolutionStep(nodes, a["x"], constants, window, a["x_zero_point"], epilogue, residual)
+
+
+def quantized_add(add: fx.Node, first: fx.Node) -> QuantizedAdd:
+    """The parameters of ``graphopt::add`` with ``first`` as operand a."""
+    v = ops.bind(add)
+    a, b = ("a", "b") if v["a"] is first else ("b", "a")
+    return QuantizedAdd(
+        a_multiplier=v[f"{a}_multiplier"],
+        b_multiplier=v[f"{b}_multiplier"],
+        shift=v["shift"],
+        a_zero_point=v[f"{a}_zero_point"],
+        b_zero_point=v[f"{b}_zero_point"],
+        zero_point=v["y_zero_point"],
+        qmin=v["qmin"],
+        qmax=v["qmax"],
+    )

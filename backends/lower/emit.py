@@ -1,0 +1,259 @@
+"""The plan as a ``torch.fx`` graph of kernel calls and plain ATen ops, ready for Relax's importer.
+
+A kernel call is ``graphopt::call_kernel(tensors, kernel, shape, dtype)``: it exists for tracing only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.backends.cpu.workload import Layout
+from graphopt.backends.lower.elementwise import relayout
+from graphopt.backends.lower.plan import Plan
+from graphopt.backends.lower.step import (
+    Context,
+    Kernel,
+    Step,
+    dense_rows,
+    image_layout,
+    padded_rows,
+    rank,
+    value_of,
+)
+from graphopt.manifest import Kernel as KernelRow
+
+aten = torch.ops.aten
+_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
+_LIBRARY.define(
+    "call_kernel(Tensor[] tensors, str kernel, int[] shape, ScalarType dtype) -> Tensor"
+)
+_CONSTANT_NAMES = ("weight", "bias", "multiplier")
+
+
+@torch.library.register_fake("graphopt::call_kernel", lib=_LIBRARY)
+def _(
+    tensors: list[torch.Tensor], kernel: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    return tensors[0].new_empty((tensors[0].shape[0], *shape), dtype=dtype)
+
+
+@dataclass
+class Lowered:
+    """The emitted module, its kernels by name, and a row a call in order of execution."""
+
+    module: fx.GraphModule
+    functions: dict[str, Any] = field(default_factory=dict)
+    calls: list[KernelRow] = field(default_factory=list)
+
+
+def emit(plan: Plan, context: Context) -> Lowered:
+    """Build the module; its outputs are the program's, flattened."""
+    return _Emitter(plan, context).run()
+
+
+class _Emitter:
+    def __init__(self, plan: Plan, context: Context) -> None:
+        self.plan = plan
+        self.context = context
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.lowered = Lowered(fx.GraphModule(self.root, fx.Graph()))
+        self.plain: dict[fx.Node, Any] = {}
+        self.physical: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> Lowered:
+        for node in self.plan.program.graph.nodes:
+            self._node(node)
+        module = fx.GraphModule(self.root, self.graph, class_name="Lowered")
+        module.graph.lint()
+        return replace(self.lowered, module=module)
+
+    def _node(self, node: fx.Node) -> None:
+        step = self.plan.steps.get(node)
+        if node.op == "placeholder":
+            self.plain[node] = self.graph.placeholder(node.name)
+        elif node.op == "output":
+            leaves = [self._plain_argument(v) for v in pytree.tree_leaves(node.args[0])]
+            self.graph.output(tuple(value for value in leaves if isinstance(value, fx.Node)))
+        elif step is not None:
+            self._step(step)
+        elif (
+            node.op == "call_function"
+            and node not in self.plan.inside
+            and node not in self.plan.same
+        ):
+            self.plain[node] = self._relax_call(node)
+
+    def _relax_call(self, node: fx.Node) -> fx.Node:
+        if node.target == aten.sym_size.int and node.args[1] == 0:
+            source = self.plan.root(node.args[0])  # type: ignore[arg-type]
+            if source in self.physical:
+                return self.graph.call_function(aten.sym_size.int, (self.physical[source], 0))
+        args = fx.map_arg(node.args, self._plain)
+        kwargs = fx.map_arg(node.kwargs, self._plain)
+        return self._call(node.target, args, kwargs, node.name)
+
+    def _call(self, target: Any, args: Any, kwargs: Any = None, name: str | None = None) -> fx.Node:
+        return self.graph.create_node("call_function", target, tuple(args), kwargs or {}, name)
+
+    def _plain_argument(self, value: Any) -> Any:
+        return self._plain(value) if isinstance(value, fx.Node) else value
+
+    def _plain(self, node: fx.Node) -> Any:
+        """The value as PyTorch holds it, converted from its layout once."""
+        if node not in self.plain:
+            self.plain[node] = (
+                self._constant(node) if node.op == "get_attr" else self._to_plain(node)
+            )
+        return self.plain[node]
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        tensor = self.plan.program.tensor(node).detach()
+        return self._parameter(str(node.target).replace(".", "_"), tensor)
+
+    def _parameter(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        free, number = name, 0
+        while hasattr(self.root, free):
+            number += 1
+            free = f"{name}_{number}"
+        self.root.register_parameter(
+            free, torch.nn.Parameter(tensor.contiguous(), requires_grad=False)
+        )
+        return self.graph.get_attr(free)
+
+    def _to_plain(self, node: fx.Node) -> fx.Node:
+        root = self.plan.root(node)
+        layout, dense, source = self.plan.layouts[root], image_layout(root), self.physical[root]
+        if not _is_nchw(layout):
+            kernel = relayout(layout, dense, "nhwc", "nchw", self.context)
+            name = f"{node.name}_plain"
+            source = self._kernel(kernel, [source], _nchw(dense), dense.dtype, name, [root])
+            if rank(node) == 4:
+                return source
+        return self._logical(source, node)
+
+    def _to_physical(self, node: fx.Node) -> fx.Node:
+        """A plain value in the layout that its readers share, converted once."""
+        root = self.plan.root(node)
+        if root not in self.physical:
+            layout, dense = self.plan.layouts[root], image_layout(root)
+            if _is_nchw(layout):
+                self.physical[root] = self._reshape(self._plain(root), _shape(layout))
+            else:
+                kernel = relayout(dense, layout, "nchw", "nhwc", self.context)
+                name = f"{node.name}_nhwc"
+                self.physical[root] = self._kernel(
+                    kernel, [self._nchw(root)], _shape(layout), layout.dtype, name, [root]
+                )
+        return self.physical[root]
+
+    def _nchw(self, node: fx.Node) -> fx.Node:
+        plain: fx.Node = self._plain(node)
+        return plain if rank(node) == 4 else self._reshape(plain, _nchw(image_layout(node)))
+
+    def _reshape(self, source: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+        return self._call(aten.reshape.default, (source, [-1, *shape]))
+
+    def _logical(self, source: fx.Node, node: fx.Node) -> fx.Node:
+        return self._reshape(source, tuple(int(size) for size in value_of(node).shape[1:]))
+
+    def _step(self, step: Step) -> None:
+        inputs, layouts = [], []
+        for value, plain in zip(step.inputs, step.plain_inputs, strict=True):
+            source, layout = (
+                self._plain_input(step, value) if plain else self._physical_input(value)
+            )
+            inputs.append(source)
+            layouts.append(layout)
+        output = self._output_layout(step)
+        kernel = step.kernel(self.context, layouts, output)
+        nchw = step.plain_output and not step.is_rows
+        shape = _nchw(output) if nchw else _shape(output)
+        made = self._kernel(kernel, inputs, shape, output.dtype, step.output.name, step.nodes)
+        if not step.plain_output:
+            self.physical[step.output] = made
+        elif nchw and rank(step.output) == 4:
+            self.plain[step.output] = made
+        else:
+            self.plain[step.output] = self._logical(made, step.output)
+
+    def _physical_input(self, value: fx.Node) -> tuple[fx.Node, Layout]:
+        return self._to_physical(value), self.plan.layouts[self.plan.root(value)]
+
+    def _plain_input(self, step: Step, value: fx.Node) -> tuple[fx.Node, Layout]:
+        if not step.is_rows:
+            return self._nchw(value), image_layout(value)
+        layout = dense_rows(value)
+        source = self._reshape(self._plain(value), _shape(layout))
+        padded = padded_rows(value) if step.whole_dots else layout
+        if padded == layout:
+            return source, layout
+        kernel = relayout(layout, padded, "nhwc", "nhwc", self.context)
+        name = f"{value.name}_rows"
+        return self._kernel(kernel, [source], _shape(padded), layout.dtype, name, [value]), padded
+
+    def _output_layout(self, step: Step) -> Layout:
+        if not step.plain_output:
+            return self.plan.layouts[step.output]
+        return dense_rows(step.output) if step.is_rows else image_layout(step.output)
+
+    def _kernel(
+        self,
+        kernel: Kernel,
+        inputs: list[fx.Node],
+        shape: tuple[int, ...],
+        dtype: str,
+        name: str,
+        nodes: list[fx.Node],
+    ) -> fx.Node:
+        constants = []
+        for index, array in enumerate(kernel.constants):
+            suffix = _CONSTANT_NAMES[index] if index < len(_CONSTANT_NAMES) else str(index)
+            constants.append(
+                self._parameter(f"{name}_{suffix}", torch.from_numpy(np.ascontiguousarray(array)))
+            )
+        self.lowered.functions.setdefault(kernel.name, kernel.function)
+        integer = dtype != "float32" or any(c.dtype == np.int8 for c in kernel.constants)
+        self.lowered.calls.append(
+            KernelRow(
+                name=kernel.name,
+                layer=", ".join(_origins(nodes)),
+                operator=str(nodes[0].target).removesuffix(".default"),
+                dtype="int8" if integer else "float32",
+                macs=kernel.macs or None,
+            )
+        )
+        torch_dtype = getattr(torch, dtype)
+        tensors = [inputs[0], *constants, *inputs[1:]]
+        arguments = (tensors, kernel.name, list(shape), torch_dtype)
+        return self._call(torch.ops.graphopt.call_kernel.default, arguments, None, name)
+
+
+def _origins(nodes: list[fx.Node]) -> list[str]:
+    """The module paths (or else node names) of the user's model that a call came from."""
+    names: dict[str, None] = {}
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [path for path, _ in stack.values() if path]
+        names[paths[-1] if paths else node.name] = None
+    return list(names)
+
+
+def _shape(layout: Layout) -> tuple[int, ...]:
+    """A physical tensor's dimensions after the batch."""
+    return layout.rows, layout.columns, layout.channel_stride
+
+
+def _is_nchw(layout: Layout) -> bool:
+    """True where the physical memory is that of the plain tensor."""
+    return layout.is_dense and (layout.height * layout.width == 1 or layout.channels == 1)
+
+
+def _nchw(layout: Layout) -> tuple[int, ...]:
+    return layout.channels, layout.height, layout.width

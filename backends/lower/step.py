@@ -1,0 +1,177 @@
+"""``Step``: one kernel call in the plan of a network, before its layouts are known."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
+from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.cpu.workload import Layout
+from graphopt.errors import CompileError
+from graphopt.program import Program
+
+DTYPES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
+BYTES_PER_DOT = 4  # bytes of input channels that one integer dot product takes
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Padding around a map that the kernels reading it touch."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+
+    def union(self, other: Margins) -> Margins:
+        return Margins(
+            max(self.top, other.top),
+            max(self.bottom, other.bottom),
+            max(self.left, other.left),
+            max(self.right, other.right),
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every step needs to become code."""
+
+    program: Program
+    isa: Isa
+    threads: int
+
+    def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
+        """The parameter that a ``get_attr`` node reads, as NumPy."""
+        return self.program.tensor(node).detach().contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark."""
+
+    name: str
+    function: Any
+    constants: tuple[np.ndarray[Any, Any], ...] = ()
+    macs: int = 0
+
+
+class Step(ABC):
+    """One kernel call: which values it reads and makes, and in which form.
+
+    ``inputs`` and ``output`` are nodes of the program (the values between them vanish into the kernel); ``nodes`` are
+    all the nodes the call replaces. A value is *physical* (NHWC by a ``Layout``) or *plain* (contiguous, as PyTorch
+    holds it); ``plain_inputs[i]`` and ``plain_output`` say which this step takes and makes. Where all are plain the
+    kernel sees ``dense_rows``; else a plain one is in NCHW order. ``whole_dots``: the kernel reads the channels of a
+    row in groups of four bytes.
+    """
+
+    whole_dots = False
+
+    def __init__(self, nodes: list[fx.Node], inputs: list[fx.Node], output: fx.Node) -> None:
+        self.nodes = nodes
+        self.inputs = inputs
+        self.output = output
+        self.plain_inputs = [False] * len(inputs)
+        self.plain_output = False
+
+    @property
+    def is_rows(self) -> bool:
+        """True where every port is plain: the kernel sees rows of channels, whatever the tensors' rank."""
+        return all(self.plain_inputs) and self.plain_output
+
+    def margins(self, index: int) -> Margins:
+        """Padding that this step reads around input ``index``."""
+        return Margins()
+
+    def fill(self, index: int) -> int:
+        """The value that this step expects there."""
+        return 0
+
+    @abstractmethod
+    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+        """The code for these layouts."""
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def dtype_of(node: fx.Node) -> str:
+    return DTYPES[value_of(node).dtype]
+
+
+def is_integer_op(node: fx.Node) -> bool:
+    """True for calls of ``graphopt::`` operators."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "graphopt"
+
+
+def rank(node: fx.Node) -> int:
+    return value_of(node).dim()
+
+
+def _static(node: fx.Node, size: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        raise CompileError(
+            f"node {node.name!r} has a dynamic size besides its batch; "
+            "capture with fixed sizes (only dimension 0 may be a range)"
+        )
+    return int(size)
+
+
+def _batch(node: fx.Node) -> int | None:
+    size = value_of(node).shape[0]
+    return None if isinstance(size, torch.SymInt) else int(size)
+
+
+def _stored(layout: Layout) -> Layout:
+    """With the channel stride that kernels of this dtype read: whole dot products of bytes."""
+    if layout.dtype == "float32":
+        return layout
+    return replace(layout, channel_stride=-(-layout.channels // BYTES_PER_DOT) * BYTES_PER_DOT)
+
+
+def image_layout(node: fx.Node) -> Layout:
+    """``[N, C, H, W]`` or ``[N, C]`` as NHWC without margins or pad channels."""
+    shape = value_of(node).shape
+    channels, *size = (_static(node, extent) for extent in shape[1:])
+    height, width = size or (1, 1)
+    return Layout(_batch(node), height, width, channels, dtype_of(node))
+
+
+def physical_layout(node: fx.Node, margins: Margins, fill: int) -> Layout:
+    """How a physical value lies in memory."""
+    layout = _stored(image_layout(node))
+    return replace(
+        layout,
+        top=margins.top,
+        bottom=margins.bottom,
+        left=margins.left,
+        right=margins.right,
+        fill=fill,
+    )
+
+
+def dense_rows(node: fx.Node) -> Layout:
+    """A contiguous tensor of any rank as ``N x 1 x (product of the middle) x (last)``."""
+    shape = value_of(node).shape
+    if len(shape) == 0:
+        return Layout(1, 1, 1, 1, dtype_of(node))
+    if len(shape) == 1:
+        return Layout(_batch(node), 1, 1, 1, dtype_of(node))
+    middle = 1
+    for extent in shape[1:-1]:
+        middle *= _static(node, extent)
+    return Layout(_batch(node), 1, middle, _static(node, shape[-1]), dtype_of(node))
+
+
+def padded_rows(node: fx.Node) -> Layout:
+    """``dense_rows`` with the channel stride that matrix kernels read."""
+    return _stored(dense_rows(node))

@@ -1,0 +1,190 @@
+"""``compile``: a program becomes an artifact for one target."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from graphopt.artifact import Artifact
+from graphopt.backends.targets import Target, resolve
+from graphopt.errors import CompileError
+from graphopt.manifest import Dim, Manifest, TensorSpec
+from graphopt.program import Program
+from graphopt.runtime import available_cpus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What ``compile`` did: seconds a stage, and the layers that stayed float in a quantized program, with reasons."""
+
+    target: str
+    threads: int
+    stages: dict[str, float]
+    float_layers: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "threads": self.threads,
+            "float_layers": [
+                {"node": node, "reason": reason} for node, reason in self.float_layers
+            ],
+        }
+
+
+def compile(  # noqa: A001 - the public verb, used as graphopt.compile
+    program: Program,
+    target: str = "native",
+    tune: str | None = None,
+    threads: int | None = None,
+) -> Artifact:
+    """Lower ``program`` to machine code for ``target`` and return it as an ``Artifact``.
+
+    A fake-quantized program is lowered in integers, bit for bit equal to ``artifact.program``; a float one in float32.
+    ``target`` is a name of ``graphopt targets`` or "native" (this CPU). ``threads`` is the number the kernels are
+    split for (default: the CPUs of this machine). ``tune`` is reserved for measured choices and must be None.
+
+    Raises TargetError for an unknown target, CompileError naming the operator that cannot be lowered.
+    """
+    if tune is not None:
+        raise CompileError(
+            "option tune: measured tuning is not available; leave it None, the cost model chooses"
+        )
+    row = resolve(target)
+    count = available_cpus() if threads is None else threads
+    if count < 1:
+        raise CompileError(f"option threads must be at least 1, not {threads}")
+    return _Compiler(program, row, count).run()
+
+
+class _Compiler:
+    def __init__(self, program: Program, target: Target, threads: int) -> None:
+        self.source = program
+        self.target = target
+        self.threads = threads
+        self.stages: dict[str, float] = {}
+
+    def run(self) -> Artifact:
+        # TVM is imported by the stages below, when they first need it.
+        from graphopt.backends.lower.emit import emit
+        from graphopt.backends.lower.module import build_library, export, import_module
+        from graphopt.backends.lower.plan import make_plan
+        from graphopt.backends.lower.step import Context
+        from graphopt.backends.x86.isa import ISAS
+
+        isa = ISAS[self.target.isa]
+        program, float_layers = self._timed("prepare", self._prepare)
+        context = Context(program, isa, self.threads)
+        lowered = self._timed("kernels", lambda: emit(make_plan(program), context))
+        inputs = tuple(pytree.tree_leaves(program.example_inputs))
+        exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
+        module, weights = self._timed("import", lambda: import_module(exported))
+        library = self._timed(
+            "codegen", lambda: build_library(module, lowered.functions, isa.target())
+        )
+        report = CompileReport(self.target.name, self.threads, self.stages, float_layers)
+        manifest = Manifest(
+            target=self.target.name,
+            triple=self.target.triple,
+            features=tuple(sorted(self.target.features)),
+            inputs=tuple(_spec(node, program) for node in program.inputs),
+            outputs=tuple(_output_specs(program)),
+            output_structure=_structure(program),
+            weights=tuple(weights),
+            threads=self.threads,
+            kernels=tuple(lowered.calls),
+            history=tuple(record.to_json() for record in program.history),
+            stats=self.source.stats().to_json(),
+            report=report.to_json(),
+            versions=_versions(),
+        )
+        return Artifact(manifest, library, weights, program, report)
+
+    def _timed(self, stage: str, work: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.stages[stage] = time.perf_counter() - started
+        log.info("compile: %s took %.2f s", stage, self.stages[stage])
+        return result
+
+    def _prepare(self) -> tuple[Program, tuple[tuple[str, str], ...]]:
+        """The program that is really compiled: identities removed, batch norm folded, integer where quantized."""
+        from graphopt import ops
+        from graphopt.backends.integerize import integerize
+        from graphopt.passes import FoldBatchNorm, RemoveIdentities
+
+        program = self.source
+        for pass_ in (RemoveIdentities(), FoldBatchNorm()):
+            program = pass_(program)
+        if any(
+            op is not None and op.kind == "fake_quantize"
+            for op in map(ops.info, program.graph.nodes)
+        ):
+            program = integerize(program)
+        return program, ()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    import graphopt
+
+    return {
+        "graphopt": graphopt.__version__,
+        "tvm": version("apache-tvm"),
+        "torch": torch.__version__,
+    }
+
+
+def _spec(node: Any, program: Program) -> TensorSpec:
+    value = node.meta["val"]
+    low, high = program.dynamic_batch or (1, None)
+    shape = tuple(
+        Dim(str(s), low, high) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
+    )
+    return TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape)
+
+
+def _output_specs(program: Program) -> list[TensorSpec]:
+    leaves = pytree.tree_leaves(program.output.args[0])
+    return [_spec(leaf, program) for leaf in leaves if isinstance(leaf, torch.fx.Node)]
+
+
+def _structure(program: Program) -> Any:
+    """The output's nesting as the manifest writes it: an index for a tensor, containers around it."""
+    leaves = pytree.tree_leaves(program.output.args[0])
+    numbers = iter(range(len(leaves)))
+    flat = [
+        next(numbers) if isinstance(leaf, torch.fx.Node) else {"value": leaf} for leaf in leaves
+    ]
+    codegen = program.graph._codegen
+    spec = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    if spec is None:
+        return flat[0] if len(flat) == 1 else {"tuple": flat}
+    return _nested(pytree.tree_unflatten([_Leaf(item) for item in flat], spec))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    item: Any
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, _Leaf):
+        return value.item
+    if isinstance(value, dict):
+        return {"dict": [[str(key), _nested(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_nested(item) for item in value]}
+    if isinstance(value, list):
+        return {"list": [_nested(item) for item in value]}
+    raise CompileError(
+        f"an output of type {type(value).__name__} cannot be stored; return tensors, tuples, lists or dicts"
+    )
