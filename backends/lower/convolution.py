@@ -180,9 +180,24 @@ def _float_convolution(node: fx.Node) -> Step | None:
     kernel = _pair([int(size) for size in value_of(a["weight"]).shape[2:]])
     dilation = _pair(a["dilation"])
     padding = _padding(a["padding"], kernel, dilation)
+    x, (top, left) = _unpadded(a["input"])
+    padding = padding[0] + top, padding[1] + left
     window = Window(kernel, _pair(a["stride"]), padding, dilation, int(a["groups"]))
     constants = Constants(a["weight"], a["bias"])
-    return _with_float_epilogue(node, a["input"], constants, window)
+    return _with_float_epilogue(node, x, constants, window)
+
+
+def _unpadded(x: fx.Node) -> tuple[fx.Node, tuple[int, int]]:
+    """What a zero padding reads and its (top, left): the margins of a layout take its place."""
+    if not ops.is_op(x, "pad") or rank(x) != 4:
+        return x, (0, 0)
+    a = ops.bind(x)
+    pads = [*a["pad"], 0, 0, 0, 0][:4]
+    left, _, top, _ = pads
+    spatial = len(a["pad"]) <= 4 and all(isinstance(pad, int) and pad >= 0 for pad in pads)
+    if a.get("mode", "constant") != "constant" or a.get("value") not in (None, 0) or not spatial:
+        return x, (0, 0)
+    return a["self"], (top, left)
 
 
 def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:

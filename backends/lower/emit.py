@@ -83,12 +83,12 @@ class _Emitter:
             self.graph.output(tuple(value for value in leaves if isinstance(value, fx.Node)))
         elif step is not None:
             self._step(step)
-        elif (
-            node.op == "call_function"
-            and node not in self.plan.inside
-            and node not in self.plan.same
-        ):
+        elif node in self.plan.live and self._is_relax_call(node):
             self.plain[node] = self._relax_call(node)
+
+    def _is_relax_call(self, node: fx.Node) -> bool:
+        inside = node in self.plan.inside or node in self.plan.same
+        return node.op == "call_function" and not inside
 
     def _relax_call(self, node: fx.Node) -> fx.Node:
         if node.target == aten.sym_size.int and node.args[1] == 0:

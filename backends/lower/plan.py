@@ -41,12 +41,13 @@ _RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
 @dataclass
 class Plan:
     """``steps[node]`` makes node's value; ``inside`` are nodes swallowed by a step; ``same[node]`` is the physical
-    value that node merely renames; ``layouts`` the physical values' layouts."""
+    value that node merely renames; ``live`` what the outputs need; ``layouts`` the physical values' layouts."""
 
     program: Program
     steps: dict[fx.Node, Step] = field(default_factory=dict)
     inside: set[fx.Node] = field(default_factory=set)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    live: set[fx.Node] = field(default_factory=set)
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -67,6 +68,7 @@ def make_plan(program: Program) -> Plan:
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in plan.inside:
             _select(plan, node)
+    _find_live(plan)
     wanted = _wanted(plan)
     for node in list(program.graph.nodes):
         step = plan.steps.get(node)
@@ -87,6 +89,21 @@ def _select(plan: Plan, node: fx.Node) -> None:
             plan.steps[step.output] = step
             plan.inside.update(step.nodes)
             return
+
+
+def _find_live(plan: Plan) -> None:
+    """A padding that became margins, say, is read by nobody."""
+    plan.live.add(plan.program.output)
+    for node in reversed(plan.program.graph.nodes):
+        if node not in plan.live:
+            continue
+        step = plan.steps.get(node)
+        if step is None or _is_flexible(step):
+            plan.live.update(node.all_input_nodes)
+        if step is not None:
+            plan.live.update(step.inputs)
+    for node in [node for node in plan.steps if node not in plan.live]:
+        del plan.steps[node]
 
 
 def _is_flexible(step: Step) -> bool:
