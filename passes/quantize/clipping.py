@@ -50,9 +50,13 @@ def entropy(histogram: StreamingHistogram, spec: ActivationSpec) -> tuple[float,
 
     P is the histogram with everything outside moved into the outermost bins inside; Q has, for each quantization
     level, the counts inside the range (without those that were moved) spread evenly over the level's bins that P holds.
+    Exact zeros are left out: quantization keeps them, and a ReLU's would drown everything else.
     """
     centres = histogram.edges[:-1] + histogram.width / 2
     counts = histogram.counts.astype(np.float64)
+    counts[-histogram.first] -= histogram.zeros
+    if not counts.any():
+        return histogram.low, histogram.high
 
     def cost(low: float, high: float) -> float:
         qparams = activation_qparams(low, high, spec)

@@ -25,6 +25,7 @@ class StreamingHistogram:
         self.counts: npt.NDArray[np.int64] = np.zeros(bins, dtype=np.int64)
         self.exponent: int | None = None  # None until a value other than 0 came
         self.first = 0  # index of counts[0]
+        self.zeros = 0  # how many values are exactly 0
         self.low = 0.0
         self.high = 0.0
 
@@ -47,11 +48,12 @@ class StreamingHistogram:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("a histogram counts finite values")
         self._widen(min(low, 0.0), max(high, 0.0))
+        self.zeros += values.numel() - int(torch.count_nonzero(values))
         if self.exponent is None:
             self.counts[0] += values.numel()
             return
         # In double, where no value underflows to the bin of 0, and in pieces, so that no copy is as large as the tensor.
-        for piece in values.detach().reshape(-1).split(_PIECE):
+        for piece in torch.split(values.detach().reshape(-1), _PIECE):
             scaled = piece.double() * math.ldexp(1.0, -self.exponent)
             indices = scaled.floor_().to(torch.int64).sub_(self.first)
             self.counts += torch.bincount(indices, minlength=self.bins).cpu().numpy()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from graphopt.contract import Contract, lossy
-from graphopt.edit import Edit
+from graphopt.edit import Edit, sweep
 from graphopt.passes.cleanup.remove_identities import RemoveIdentities
 from graphopt.passes.fuse.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.quantize.insert_fake_quant import InsertFakeQuant
@@ -23,7 +23,7 @@ class Quantize(Pass):
 
     ``calibration`` is an iterable of input batches (32 to 128 images do); ``observer`` as in ``InsertFakeQuant``,
     ``weight_observer`` "minmax" or "mse"; ``exclude`` keeps layers in float (node names, module paths, globs,
-    operators). Each inner pass leaves its own record in the history.
+    operators). One record in the history counts the rewrites of all three.
 
     Raises QuantizeError without calibration data and for NaN or infinity in data or weights.
     """
@@ -55,8 +55,5 @@ class Quantize(Pass):
 
     def apply(self, edit: Edit) -> None:
         for pass_ in self.passes():
-            edit.program = pass_(edit.program)
-            record = edit.program.history[-1]
-            edit.rewrites += record.rewrites
-            for node, reason in record.declines:
-                edit.declines[node, reason] = None
+            pass_.apply(edit)
+            sweep(edit.program)
