@@ -68,13 +68,18 @@ def mutated(node: fx.Node) -> fx.Node | None:
 
 
 def _drop_counters(module: fx.GraphModule) -> None:
-    """Erase in-place calls on buffers that nothing else reads."""
-    for node in list(module.graph.nodes):
-        source = mutated(node)
-        if source is None or source.op != "get_attr" or node.users or len(source.users) > 1:
+    """Erase the in-place calls on scalar buffers that nothing else reads."""
+    for buffer in module.graph.find_nodes(op="get_attr"):
+        value = buffer.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim():
             continue
-        if source.meta.get("val") is not None and source.meta["val"].dim() == 0:
-            module.graph.erase_node(node)
+        chain = [buffer]
+        for node in chain:
+            chain.extend(user for user in node.users if user not in chain)
+        writes = chain[1:]
+        if all(mutated(node) in chain for node in writes):
+            for node in reversed(writes):
+                module.graph.erase_node(node)
 
 
 def _functional(node: fx.Node) -> Any | None:

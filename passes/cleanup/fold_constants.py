@@ -112,7 +112,7 @@ def _evaluate(edit: Edit, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = node.args, node.kwargs
         if node.target in _SHAPE_ONLY:
             like = args[0].meta["val"]  # type: ignore[union-attr]
-            args = (torch.empty(like.shape, dtype=like.dtype), *args[1:])  # type: ignore[assignment]
+            args = (torch.empty(like.shape, dtype=like.dtype), *args[1:])
         known = functools.partial(_evaluate, edit, values=values)
         assert callable(node.target)
         values[node] = node.target(*fx.map_arg(args, known), **fx.map_arg(kwargs, known))

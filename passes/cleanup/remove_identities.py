@@ -158,10 +158,10 @@ class RemoveIdentities(Pass):
 
     def apply(self, edit: Edit) -> None:
         for node in edit.nodes():
-            if ops.is_op(node, "dropout") and ops.bind(node)["train"] is True:
-                edit.decline(node, "dropout is in training mode; call model.eval() before capture")
             if self._is_identity(node):
                 edit.replace(node, _source(node))
+            elif ops.is_op(node, "dropout"):
+                edit.decline(node, "dropout is in training mode; call model.eval() before capture")
             elif ops.is_op(node, "view"):
                 arguments = ops.bind(node)
                 build = edit.build(node)
