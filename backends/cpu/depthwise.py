@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -51,14 +52,17 @@ UNROLLED_STEPS = 32  # tap steps a pixel; beyond it the rows of taps become a lo
 class _Plan:
     """How the channels and taps are cut: the same for the packed weights and for the code.
 
-    ``group`` taps of one column make a step, ``steps`` of them cover the kernel's height; 1 means one multiply-add a tap.
+    A tile is ``rows`` x ``pixels`` outputs. ``group`` rows of one input column make a step, ``steps`` of them cover all that
+    the tile reads; a group of 1 means one multiply-add a tap.
     """
 
     channels: int
     lanes: int
     group: int
     steps: int
+    kernel_height: int
     kernel_width: int
+    rows: int
     pixels: int
 
     @property
@@ -73,9 +77,24 @@ class _Plan:
         return self.lanes * self.group
 
     @property
+    def copies(self) -> int:
+        """Copies of the weights: one an output row, shifted by that row, where a group mixes rows."""
+        return self.rows if self.group > 1 else 1
+
+    @property
+    def copy_size(self) -> int:
+        """Weights of one copy."""
+        steps = self.steps if self.group > 1 else self.kernel_height
+        return steps * self.kernel_width * self.step_size
+
+    @property
     def block_size(self) -> int:
         """Weights of one vector of channels."""
-        return self.steps * self.kernel_width * self.step_size
+        return self.copies * self.copy_size
+
+    def touches(self, step: int, row: int) -> bool:
+        """True where any of the step's input rows meets a tap of output ``row``."""
+        return step * self.group < row + self.kernel_height and (step + 1) * self.group > row
 
 
 def _plan(workload: Conv2d, isa: Isa) -> _Plan:
@@ -88,14 +107,19 @@ def _plan(workload: Conv2d, isa: Isa) -> _Plan:
     integer = workload.x.dtype != "float32"
     lanes = min(isa.lanes, 1 << (channels.bit_length() - 1))
     group = isa.dot_group if integer and lanes == isa.lanes else 1
-    limit = min(MAX_PIXELS, MAX_ALLOCA_BYTES // (4 * lanes), workload.y.width)
+    steps, rows = -(-height // group), 1
+    adjacent = workload.stride[0] == workload.dilation[0] == 1 and workload.y.height > 1
+    # A second row of outputs reads what the first one interleaved, as long as that costs no further group.
+    if adjacent and (group == 1 or height % group) and steps * width <= UNROLLED_STEPS:
+        rows, steps = 2, -(-(height + 1) // group)
+    limit = min(MAX_PIXELS, MAX_ALLOCA_BYTES // (4 * lanes * rows), workload.y.width)
     if isa.registers < 32:
         limit = min(limit, 4)
-    # The fewest pixels computed, counting a whole tile for the last one; among equals the widest tile.
+    # The fewest columns read, counting a whole tile for the last one; among equals the widest tile.
     pixels = min(
         range(1, limit + 1), key=lambda p: (-(-workload.y.width // p) * (p + width - 1), -p)
     )
-    return _Plan(channels, lanes, group, -(-height // group), width, pixels)
+    return _Plan(channels, lanes, group, steps, height, width, rows, pixels)
 
 
 def pack_depthwise(
@@ -105,17 +129,19 @@ def pack_depthwise(
     bias: npt.NDArray[np.generic] | None,
     multiplier: npt.NDArray[np.float32] | None = None,
 ) -> list[npt.NDArray[np.generic]]:
-    """Weights ``[block][step][column][lane][group]``, bias and multipliers in the order of the kernel's arguments.
+    """Weights ``[block][copy][step][column][lane][group]``, bias and multipliers in the order of the kernel's arguments.
 
     ``weight`` is ``[C, 1, height, width]``; taps that fill up a group are zero. An integer bias takes the zero point of x.
     """
     plan = _plan(workload, isa)
     height, width = workload.kernel
-    taps = np.zeros((plan.channels, plan.steps * plan.group, width), weight.dtype)
-    taps[:, :height] = weight[:, 0]
-    split = taps.reshape(plan.channels, plan.steps, plan.group, width)
+    steps = plan.copy_size // (plan.step_size * width)
+    taps = np.zeros((plan.channels, plan.copies, steps * plan.group, width), weight.dtype)
+    for copy in range(plan.copies):
+        taps[:, copy, copy : copy + height] = weight[:, 0]
+    split = taps.reshape(plan.channels, plan.copies, steps, plan.group, width)
     packed = np.stack([split[first : first + plan.lanes] for first in plan.blocks])
-    packed = np.ascontiguousarray(packed.transpose(0, 2, 4, 1, 3)).reshape(-1)
+    packed = np.ascontiguousarray(packed.transpose(0, 2, 3, 5, 1, 4)).reshape(-1)
     if weight.dtype == np.float32:
         zeros = np.zeros(plan.channels, np.float32)
         return [packed, zeros if bias is None else bias.astype(np.float32)]
@@ -170,11 +196,11 @@ class _Kernel:
         """The operand of one step: ``group`` rows of the input column ``offset``, interleaved."""
         plan, layout = self.plan, self.x.layout
         line = layout.columns * layout.channel_stride
-        height, down = self.workload.kernel[0], self.workload.dilation[0]
+        down, last = self.workload.dilation[0], plan.rows + plan.kernel_height - 2
         rows = []
         for tap in range(plan.group):
-            # A row past the kernel repeats its last one: inside the tensor, and its weight is zero.
-            row = minimum(step * plan.group + tap, height - 1)
+            # A row past the last repeats it: inside the tensor, and its weight is zero.
+            row = minimum(step * plan.group + tap, last)
             index = origin + row * (down * line) + offset * layout.channel_stride
             rows.append(bind(self.x.load(index, plan.lanes)))
         if plan.group > 1:
@@ -201,38 +227,41 @@ class _Kernel:
         return accumulator + x * weight
 
     def tile(self, image: Expr, row: Expr, first: Expr, block: Expr, channel: Expr) -> None:
-        """``pixels`` outputs from column ``first`` on, for the channels from ``channel`` on."""
+        """``rows`` x ``pixels`` outputs from ``row`` and column ``first`` on, for the channels from ``channel`` on."""
         plan, workload = self.plan, self.workload
         lanes, stride, right = plan.lanes, workload.stride[1], workload.dilation[1]
         top, left = workload.padding
         corner = self.x.at(image, row * workload.stride[0] - top, first * stride - left, channel)
         origin, weights = bind(corner), bind(block * plan.block_size)
-        sums = T.alloc_buffer((plan.pixels * lanes,), self.accumulator)
+        places = [(r, p) for r in range(plan.rows) for p in range(plan.pixels)]
+        sums = T.alloc_buffer((len(places) * lanes,), self.accumulator)
         start = bind(load(self.bias, channel, lanes))
-        for pixel in range(plan.pixels):
-            store(sums, pixel * lanes, start)
+        for place in range(len(places)):
+            store(sums, place * lanes, start)
 
-        def step(index: Expr) -> None:
+        def step(index: Expr, rows: Sequence[int]) -> None:
             columns: dict[int, Expr] = {}
-            base = weights + index * (plan.kernel_width * plan.step_size)
-            for tap in range(plan.kernel_width):
-                weight = self.taps(base + tap * plan.step_size)
+            for tap, r in product(range(plan.kernel_width), rows):
+                first_tap = (index if plan.group > 1 else index - r) * plan.kernel_width
+                base = weights + (r * plan.copy_size if plan.group > 1 else 0)
+                weight = self.taps(base + (first_tap + tap) * plan.step_size)
                 for pixel in range(plan.pixels):
                     offset = pixel * stride + tap * right
                     if offset not in columns:
                         columns[offset] = self.column(origin, offset, index)
-                    held = load(sums, pixel * lanes, lanes)
-                    store(sums, pixel * lanes, self.accumulate(held, columns[offset], weight))
+                    place = places.index((r, pixel)) * lanes
+                    held = load(sums, place, lanes)
+                    store(sums, place, self.accumulate(held, columns[offset], weight))
 
-        if plan.steps * plan.kernel_width <= UNROLLED_STEPS:
+        if plan.steps * plan.kernel_width <= 2 * UNROLLED_STEPS:
             for index in range(plan.steps):
-                step(index)
+                step(index, [r for r in range(plan.rows) if plan.touches(index, r)])
         else:
             with T.serial(0, plan.steps) as index:
-                step(index)
-        for pixel in range(plan.pixels):
-            value = bind(load(sums, pixel * lanes, lanes))
-            self.finish(value, image, row, first + pixel, channel)
+                step(index, [0])
+        for place, (r, pixel) in enumerate(places):
+            value = bind(load(sums, place * lanes, lanes))
+            self.finish(value, image, row + r, first + pixel, channel)
 
     def finish(self, value: Expr, image: Expr, row: Expr, column: Expr, channel: Expr) -> None:
         """Epilogue and store of one vector."""
@@ -249,7 +278,7 @@ class _Kernel:
         self.y.store(bind(self.y.at(image, row, column, channel)), out)
 
     def row(self, image: Expr, row: Expr) -> None:
-        """One row of outputs: vectors of channels outside, so that their weights stay in registers, then pixels."""
+        """``rows`` rows of outputs: vectors of channels outside, so that their weights stay in registers, then pixels."""
         plan, width = self.plan, self.y.layout.width
 
         def columns(block: Expr, channel: Expr) -> None:
@@ -264,8 +293,8 @@ class _Kernel:
         if plan.channels % plan.lanes:
             columns(whole, plan.channels - plan.lanes)
         if self.y.layout.channel_stride > plan.channels:
-            with T.serial(0, width) as column:
-                pixel = bind(self.y.at(image, row, column))
+            with T.serial(0, plan.rows) as r, T.serial(0, width) as column:
+                pixel = bind(self.y.at(image, row + r, column))
                 fill_pad_channels(self.y, pixel, self.isa.vector_bytes)
 
 
@@ -306,6 +335,6 @@ def depthwise(workload: Conv2d, isa: Isa, threads: int) -> PrimFunc:
             flats[2],
             flats[3] if integer else None,
         )
-        for_rows(code.y, isa.vector_bytes, threads, code.row)
+        for_rows(code.y, isa.vector_bytes, threads, code.row, plan.rows)
 
     return build(name, arguments, body)

@@ -15,7 +15,17 @@ from tvm import tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.cpu.emit import Buffer, Expr, bind, constant, flat, kernel, load, store
+from graphopt.backends.cpu.emit import (
+    Buffer,
+    Expr,
+    bind,
+    constant,
+    flat,
+    kernel,
+    load,
+    minimum,
+    store,
+)
 from graphopt.backends.cpu.workload import Layout
 
 Emit = Callable[[Expr, int], None]
@@ -125,29 +135,41 @@ def fill_pad_channels(view: View, pixel: Expr, vector_bytes: int) -> None:
     fill(view, pixel + layout.channels, pad, vector_bytes)
 
 
-def for_rows(y: View, vector_bytes: int, threads: int, body: Callable[[Expr, Expr], None]) -> None:
-    """Run ``body(image, row)`` for every logical row of ``y`` and write the fill into all four margins."""
+def for_rows(
+    y: View,
+    vector_bytes: int,
+    threads: int,
+    body: Callable[[Expr, Expr], None],
+    rows: int = 1,
+) -> None:
+    """Run ``body(image, row)`` for every ``rows`` logical rows of ``y`` and write the fill into all four margins.
+
+    Where ``rows`` does not divide the height, the last call starts early and repeats rows of the one before.
+    """
     layout = y.layout
-    stride = layout.channel_stride
-    loop = T.parallel if threads > 1 and (layout.batch, layout.rows) != (1, 1) else T.serial
-    with loop(0, y.batch * layout.rows) as line:
-        image = bind(line // layout.rows)
-        row = bind(line % layout.rows - layout.top)
+    line = layout.columns * layout.channel_stride
+    groups = -(-layout.height // rows)
+    loop = T.parallel if threads > 1 and (layout.batch, groups) != (1, 1) else T.serial
 
-        def inside() -> None:
-            fill(y, y.at(image, row, -layout.left), layout.left * stride, vector_bytes)
-            fill(y, y.at(image, row, layout.width), layout.right * stride, vector_bytes)
-            body(image, row)
+    def beside(image: Expr, row: Expr) -> None:
+        stride = layout.channel_stride
+        fill(y, y.at(image, row, -layout.left), layout.left * stride, vector_bytes)
+        fill(y, y.at(image, row, layout.width), layout.right * stride, vector_bytes)
 
-        if not (layout.top or layout.bottom):
-            inside()
-            return
-        with T.If(tirx.all(row >= 0, row < layout.height)):
-            with T.Then():
-                inside()
-            with T.Else():
-                edge = y.at(image, row, -layout.left)
-                fill(y, edge, layout.columns * stride, vector_bytes)
+    with loop(0, y.batch * groups) as index:
+        image, group = bind(index // groups), bind(index % groups)
+        row = bind(minimum(group * rows, layout.height - rows))
+        if layout.top:
+            with T.If(group == 0), T.Then():
+                edge = y.at(image, -layout.top, -layout.left)
+                fill(y, edge, layout.top * line, vector_bytes)
+        for offset in range(rows):
+            beside(image, row + offset)
+        body(image, row)
+        if layout.bottom:
+            with T.If(group == groups - 1), T.Then():
+                edge = y.at(image, layout.height, -layout.left)
+                fill(y, edge, layout.bottom * line, vector_bytes)
 
 
 def elementwise(
