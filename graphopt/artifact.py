@@ -39,8 +39,8 @@ _HASHED = (_LIBRARY, _WEIGHTS)
 class Artifact:
     """A compiled model in memory; ``program`` is the one that was compiled, ``report`` says how.
 
-    ``weights`` are the leading arguments of ``manifest.entry`` in ``library``, in order. ``program``
-    and ``report`` are not saved (``manifest.report`` is).
+    ``weights`` follow the inputs as arguments of ``manifest.entry`` in ``library``, in order.
+    ``program`` and ``report`` are not saved (``manifest.report`` is).
     """
 
     manifest: Manifest

@@ -72,7 +72,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module. ``weights`` names the leading arguments of ``entry``, in their order."""
+    """See the module. ``weights`` names the arguments of ``entry`` after the inputs, in their order."""
 
     target: str
     triple: str

@@ -123,20 +123,24 @@ class _Machine:
         self.inputs = tuple(_Input(spec) for spec in manifest.inputs)
         self._entry = self.module[manifest.entry]
         self._weights = weights
+        self._weight_addresses = frozenset(weight.data_ptr() for weight in weights)
         self._tensor_class = tvm_runtime().Tensor
 
     def run(self, values: Sequence[Any]) -> list[Array]:
         sizes: dict[str, int] = {}
         arrays = [take.check(value, sizes) for take, value in zip(self.inputs, values, strict=True)]
         tensors = [take.tensor(array) for take, array in zip(self.inputs, arrays, strict=True)]
-        result = self._entry(*self._weights, *tensors)
+        result = self._entry(*tensors, *self._weights)
         outputs = [result] if isinstance(result, self._tensor_class) else list(result)
         # An output may *be* an input or a weight (an identity, say): the caller gets a copy of it.
-        given = {tensor.data_ptr() for tensor in (*self._weights, *tensors)}
-        return [
-            np.from_dlpack(output).copy() if output.data_ptr() in given else np.from_dlpack(output)
-            for output in outputs
-        ]
+        given = {tensor.data_ptr() for tensor in tensors}
+        leaves = []
+        for output in outputs:
+            address = output.data_ptr()
+            shared = address in given or address in self._weight_addresses
+            array = np.from_dlpack(output)
+            leaves.append(array.copy() if shared else array)
+        return leaves
 
 
 class Session:

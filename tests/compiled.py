@@ -42,7 +42,7 @@ def expected(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[
 
 @functools.cache
 def library(negated: bool = False) -> bytes:
-    """``main(W, b, x) -> (relu(x W + b), x W, x, b)`` of any batch, for the baseline CPU; or of -x."""
+    """``main(x, W, b) -> (relu(x W + b), x W, x, b)`` of any batch, for the baseline CPU; or of -x."""
     import tvm
     from tvm import relax, topi
 
@@ -51,7 +51,7 @@ def library(negated: bool = False) -> bytes:
     bias = relax.Var("b", relax.TensorType((OUTPUTS,), "float32"))
     x = relax.Var("x", relax.TensorType((batch, FEATURES), "float32"))
     builder = relax.BlockBuilder()
-    with builder.function("main", [weight, bias, x]):
+    with builder.function("main", [x, weight, bias], attrs={"num_input": 1}):
         with builder.dataflow():
             factor = builder.emit_te(topi.negative, x) if negated else x
             product = builder.emit_te(topi.matmul, factor, weight)

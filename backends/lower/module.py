@@ -1,7 +1,9 @@
 """The emitted graph becomes a Relax module, and that a shared library.
 
 Relax sees our kernels as external functions with their results passed in: it plans their memory, and its passes, which
-expect scheduled blocks, never look inside. Everything else is imported as TVM imports ATen, legalized and fused. Weights are the leading parameters of ``main``, the network's inputs the trailing ones.
+expect scheduled blocks, never look inside. Everything else is imported as TVM imports ATen, legalized and fused. The network's inputs are the leading parameters of
+``main``, its weights the trailing ones: the shapes of what ``num_input`` does not count are not checked at every call
+(0.7 us a weight: 0.1 ms for MobileNetV2).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def export(
 
 
 def import_module(exported: ExportedProgram) -> tuple[tvm.IRModule, dict[str, Array]]:
-    """The Relax module and its weights, in the order of ``main``'s leading parameters.
+    """The Relax module and its weights, in the order of ``main``'s trailing parameters.
 
     Raises CompileError naming an operator that neither graphopt nor TVM can lower, and the layer it is in.
     """
@@ -57,7 +59,7 @@ def import_module(exported: ExportedProgram) -> tuple[tvm.IRModule, dict[str, Ar
         raise CompileError(
             f"TVM cannot import the network: {type(error).__name__}: {error}"
         ) from error
-    return _weights_first(module, exported)
+    return _weights_last(module, exported)
 
 
 def _convert_kernel_call(node: fx.Node, importer: Any) -> Any:
@@ -83,10 +85,10 @@ def _origin(node: fx.Node) -> str:
     return str(sources[-1].name) if sources else str(node.name)
 
 
-def _weights_first(
+def _weights_last(
     module: tvm.IRModule, exported: ExportedProgram
 ) -> tuple[tvm.IRModule, dict[str, Array]]:
-    """``main(inputs..., parameters...)`` -> ``main(parameters..., inputs...)``."""
+    """``main`` as ``main(inputs..., parameters...)``, of which only the inputs are checked at a call."""
     main = module["main"]
     targets = {
         spec.arg.name: spec.target
@@ -97,12 +99,12 @@ def _weights_first(
     parameters = [p for p in main.params if p.name in targets]
     inputs = [p for p in main.params if p.name not in targets]
     weights = {str(targets[p.name]): tensors[targets[p.name]].detach().numpy() for p in parameters}
-    attributes = {"global_symbol": "main"}
+    attributes: dict[str, Any] = {"global_symbol": "main", "num_input": len(inputs)}
     for key in ("tir_var_lower_bound", "tir_var_upper_bound"):
         if main.attrs and key in main.attrs:
             attributes[key] = main.attrs[key]
     ordered = relax.Function(
-        [*parameters, *inputs],
+        [*inputs, *parameters],
         main.body,
         main.ret_ty,
         main.is_pure,
