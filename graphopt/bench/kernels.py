@@ -24,11 +24,15 @@ _MACHINERY = ("vm.", "shape_func")
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One call site: its place in the order of execution, what it computes, and seconds a call."""
+    """One call site: its place in the order of execution, what it computes, and seconds a call.
+
+    ``seconds`` is the median of the runs, ``fastest`` their minimum.
+    """
 
     index: int
     kernel: Kernel
     seconds: float
+    fastest: float
     macs: int | None
 
     @property
@@ -76,7 +80,7 @@ def _batch(manifest: Manifest, inputs: Sequence[Any]) -> int:
 
 
 def time_kernels(session: Session, inputs: Sequence[Any], runs: int = 20) -> list[KernelTime]:
-    """Return every kernel call in order with its median time over ``runs`` runs.
+    """Return every kernel call in order with its times over ``runs`` runs.
 
     Raises ``BenchmarkError`` if two runs call different kernels.
     """
@@ -93,16 +97,16 @@ def time_kernels(session: Session, inputs: Sequence[Any], runs: int = 20) -> lis
             )
         names = called
         samples.append([nanoseconds for _, nanoseconds in clock.calls])
-    medians = np.median(np.array(samples, np.int64).reshape(runs, len(names)), axis=0)
+    table = np.array(samples, np.int64).reshape(runs, len(names)) / 1e9
     batch = _batch(session.manifest, inputs)
+    sites = _call_sites(names, session.manifest.kernels)
     return [
         KernelTime(
             index,
             kernel,
-            float(nanoseconds) / 1e9,
+            float(np.median(table[:, index])),
+            float(table[:, index].min()),
             None if kernel.macs is None else kernel.macs * batch,
         )
-        for index, (kernel, nanoseconds) in enumerate(
-            zip(_call_sites(names, session.manifest.kernels), medians, strict=True)
-        )
+        for index, kernel in enumerate(sites)
     ]

@@ -51,12 +51,21 @@ class Report:
 
     @property
     def outside_kernels(self) -> float:
-        """Seconds of the median latency not spent in kernels: virtual machine, memory, Python."""
-        return max(0.0, self.latency.median - sum(row.seconds for row in self.kernels))
+        """Seconds a call not spent in kernels: virtual machine, memory, Python.
+
+        The fastest call less the fastest run of every kernel: medians would charge to it whatever
+        interrupts a whole call more often than a short kernel.
+        """
+        return max(0.0, self.latency.fastest - sum(row.fastest for row in self.kernels))
+
+    @property
+    def accounted(self) -> float:
+        """Seconds in kernels and outside them, of which every share is one."""
+        return self.outside_kernels + sum(row.seconds for row in self.kernels)
 
     def share(self, row: KernelTime) -> float:
-        """Return a kernel's share of the median latency."""
-        return row.seconds / self.latency.median
+        """Return a kernel's share of the time that is accounted for."""
+        return row.seconds / self.accounted
 
     def share_of_peak(self, row: KernelTime) -> float | None:
         """Return a kernel's share of the machine's peak for its dtype, where both are known."""
@@ -75,6 +84,7 @@ class Report:
                 **dataclasses.asdict(row.kernel),
                 "macs": row.macs,
                 "seconds": row.seconds,
+                "fastest": row.fastest,
                 "share": self.share(row),
                 "gops": row.gops,
                 "share_of_peak": self.share_of_peak(row),
@@ -119,7 +129,7 @@ class Report:
         outside = self.outside_kernels
         table.add_section()
         table.add_row(
-            "outside kernels", "", "", f"{1e6 * outside:.1f}", _percent(outside / latency.median)
+            "outside kernels", "", "", f"{1e6 * outside:.1f}", _percent(outside / self.accounted)
         )
         return table
 
