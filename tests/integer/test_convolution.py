@@ -123,9 +123,9 @@ def test_linear_equals_onnx_runtime_and_the_reference(k: int, o: int, zero: int,
     operands += [scale, numpy.int8(0), numpy.float32(2.0), numpy.uint8(99)]
     assert numpy.array_equal(y.numpy(), onnx_runtime("QLinearMatMul", operands, "uint8"))
     model = onnx_model("QLinearMatMul", operands, "uint8")
-    feeds: Any = {f"x{i}": numpy.asarray(value) for i, value in enumerate(operands)}
-    reference = numpy.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
-    assert numpy.array_equal(y.numpy(), reference)
+    feeds = {f"x{i}": numpy.asarray(value) for i, value in enumerate(operands)}
+    results: Any = ReferenceEvaluator(model).run(None, feeds)
+    assert numpy.array_equal(y.numpy(), results[0])
 
 
 def test_linear_keeps_leading_dimensions_and_adds_the_bias() -> None:

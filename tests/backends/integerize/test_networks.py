@@ -71,7 +71,7 @@ def test_what_has_no_integer_form_is_named_with_its_reason() -> None:
     assert names(integer).count("linear_dequantize") == 8
 
 
-@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.integers(0, 10**6))
 @example(255)
 @example(3)
