@@ -72,7 +72,7 @@ class _Kernel:
         with emit.kernel(function_name(self.workload, self.isa, self.threads)) as builder:
             self._arguments()
             self._fill_surroundings()
-            self._tasks()
+            self._either_tile()
         return builder.get()
 
     def _arguments(self) -> None:
@@ -130,12 +130,23 @@ class _Kernel:
                     pixel = bind(line + (y.left + column) * y.channel_stride)
                     run(pixel + y.channels, y.channel_stride - y.channels)
 
+    def _either_tile(self) -> None:
+        """The planned tile, or one pixel a tile where a dynamic batch turns out to hold fewer pixels than that."""
+        pixels = self.batch * (self.workload.y.height * self.workload.y.width)
+        if not self.plan.may_not_fit:
+            self._tasks()
+            return
+        with T.If(pixels >= self.plan.pixels):
+            with T.Then():
+                self._tasks()
+            with T.Else():
+                self.plan = dataclasses.replace(self.plan, pixels=1)
+                self._tasks()
+
     def _tasks(self) -> None:
         """Chunks of tiles x groups x channel blocks: the loop that threads share."""
         plan = self.plan
         units, chunk, chunks = self._chunks()
-        streams = plan.packed_weights * (1 if self.integer else 4) > _RESIDENT_BYTES
-        self.prefetch_tiles = chunk if streams and 1 < chunk <= _PREFETCHED_TILES else 0
         blocks = plan.groups * plan.blocks
         with emit.loop(chunks * blocks, parallel=self.threads > 1) as task:
             first = bind(emit.floor_div(task, blocks) * chunk)
@@ -159,16 +170,21 @@ class _Kernel:
         return -(-self.workload.y.width // self.plan.pixels)
 
     def _chunks(self) -> tuple[Expr, int, Expr]:
-        """Tiles of the whole tensor, tiles of a chunk, chunks."""
-        y, plan = self.workload.y, self.plan
+        """Tiles of the whole tensor, tiles of a chunk, chunks. Decides how many tiles share a prefetch, too."""
+        workload, plan = self.workload, self.plan
+        y = workload.y
         if plan.flat_pixels:
-            units = emit.floor_div(
-                self.batch * (y.height * y.width) + (plan.pixels - 1), plan.pixels
-            )
+            pixels = self.batch * (y.height * y.width)
+            units = emit.floor_div(pixels + (plan.pixels - 1), plan.pixels)
+            image = -(-y.height * y.width // plan.pixels)
         else:
-            units = self.batch * (y.height * self._tiles_in_row())
-        known = units if isinstance(units, int) else y.height * self._tiles_in_row()
-        chunk = chunk_tiles(self.workload, plan, self.isa, known, self.threads)
+            image = y.height * self._tiles_in_row()
+            units = self.batch * image
+        known = units if isinstance(units, int) else None
+        chunk = chunk_tiles(workload, plan, self.isa, known, image, self.threads)
+        streams = plan.packed_weights * (1 if self.integer else 4) > _RESIDENT_BYTES
+        share = chunk if known else min(chunk, image)
+        self.prefetch_tiles = share if streams and 1 < share <= _PREFETCHED_TILES else 0
         return units, chunk, emit.floor_div(units + (chunk - 1), chunk)
 
     def _block(self, group: Expr, block: Expr, channels: int, first: Expr, last: Expr) -> None:
@@ -240,7 +256,7 @@ class _Kernel:
             return None
         block = vectors * self.plan.step_elements * self.plan.all_steps
         share = -(-block // self.prefetch_tiles)
-        return bind(weights + block + tile * share)
+        return bind(weights + block + emit.floor_mod(tile, self.prefetch_tiles) * share)
 
     def _window(
         self,

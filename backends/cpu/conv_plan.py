@@ -12,8 +12,11 @@ from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.errors import CompileError
 
-_LOOP_CYCLES = 1.0  # a step's loop counter and branch
-_DOT_LATENCY = 4.0  # cycles from an accumulator to itself
+_LOAD_CYCLES = 0.1  # what a load costs beside arithmetic that hides it
+_SIZES = {"uint8": 1, "float32": 4}
+_DYNAMIC_LINE = 14  # pixels that a tile of a dynamic batch of few pixels is made for
+_LOOP_CYCLES = 0.5  # a step's loop counter and branch
+_DOT_LATENCY = 5.0  # cycles from an accumulator to itself
 _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
 _TAIL_PENALTY = 1.05  # a narrower last block is code of its own
 _L2_BYTES_A_CYCLE = 32.0  # what weights that outgrow L1 stream at
@@ -29,7 +32,8 @@ class ConvPlan:
     ``groups`` groups of ``in_channels`` -> ``out_channels`` after merging neighbours (block-diagonal weights) up to one
     vector. The kernel walks ``taps_high x taps_wide`` spans of ``span`` consecutive input elements, ``step`` at a time; the
     columns of a window are one span where they lie side by side in memory (``merged_columns``).
-    ``pixels x vectors`` is the register tile. ``flat_pixels``: the whole image is one line of pixels (1x1, no margins).
+    ``pixels x vectors`` is the register tile. ``flat_pixels``: the whole image is one line of pixels (1x1, no margins);
+    ``may_not_fit``: of a dynamic batch, that line can be shorter than the tile.
     """
 
     groups: int
@@ -44,6 +48,7 @@ class ConvPlan:
     vectors: int
     lanes: int
     flat_pixels: bool
+    may_not_fit: bool
 
     @property
     def line(self) -> str:
@@ -161,12 +166,13 @@ def _is_flat(workload: Conv2d) -> bool:
 def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) -> float:
     """Estimated cycles of a whole tile: arithmetic, loads or latency bound, whichever is most."""
     if dtype == "float32":
-        products, spread, weights = 1, 1.0, 1.0
+        products, spread, widen = 1, 0, 0
     else:
         products = isa.halves * (1 if isa.dot_accumulates else 2)
-        spread, weights = (1.0, 1.0) if isa.halves == 1 else (3.0, 2.0)
-    arithmetic = pixels * vectors * products + pixels * (spread - 1)
-    step = max(arithmetic / 2, (pixels * spread + vectors * weights) / 2, _DOT_LATENCY)
+        spread, widen = (0, 0) if isa.halves == 1 else (2, isa.halves)
+    arithmetic = pixels * vectors * products + pixels * spread + vectors * widen
+    loads = pixels + vectors
+    step = max(arithmetic / 2, loads / 2, _DOT_LATENCY) + loads * _LOAD_CYCLES
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
         step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
@@ -214,8 +220,10 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
     line = y.width
     if flat:
         line = y.height * y.width * (x.batch or 1)
+        if x.batch is None:
+            line = max(line, _DYNAMIC_LINE)
     steps = kh * wide * -(-span // step)
-    pitch = workload.stride[1] * x.channel_stride * (1 if step == INT8_STEP else 4)
+    pitch = workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     group_vectors = -(-out_channels // isa.lanes)
     pixels, vectors = _choose_tile(isa, x.dtype, line, pitch, group_vectors, steps)
     return ConvPlan(
@@ -231,27 +239,29 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
         vectors=vectors,
         lanes=isa.lanes,
         flat_pixels=flat,
+        may_not_fit=pixels > y.height * y.width * (x.batch or 1),
     )
 
 
-def chunk_tiles(workload: Conv2d, plan: ConvPlan, isa: Isa, tiles: int, threads: int) -> int:
-    """Tiles of a chunk: what x and y of a chunk leave of half the L2 cache, and enough chunks for the threads.
+def chunk_tiles(
+    workload: Conv2d, plan: ConvPlan, isa: Isa, tiles: int | None, image: int, threads: int
+) -> int:
+    """Tiles of a chunk: x and y of a chunk fill at most half the L2 cache, and the threads get equal shares.
 
     A chunk runs over all channel blocks before the next one starts; a large chunk reads the weights fewer times, one that
-    outgrows L2 reads x from further away for every block.
+    outgrows L2 reads x from further away for every block. ``tiles`` is None where the batch is dynamic, ``image`` the tiles
+    of one image.
     """
     x, y = workload.x, workload.y
-    x_bytes = (
-        workload.stride[0]
-        * workload.stride[1]
-        * x.channel_stride
-        * (1 if x.dtype == "uint8" else 4)
-    )
-    y_bytes = y.channel_stride * (1 if y.dtype == "uint8" else 4)
-    chunk = isa.l2_bytes // 2 // max(1, plan.pixels * (x_bytes + y_bytes))
-    chunk = min(tiles, max(1, chunk))
+    x_bytes = workload.stride[0] * workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
+    pixel = x_bytes + y.channel_stride * _SIZES[y.dtype]
+    chunk = max(1, isa.l2_bytes // 2 // (plan.pixels * pixel))
     blocks = plan.groups * plan.blocks
-    chunks = -(-tiles // chunk)
-    while chunks < tiles and chunks * blocks < 8 * threads and (chunks * blocks) % threads:
+    shares = threads == 1 or blocks % threads == 0 or blocks >= 8 * threads
+    if tiles is None and shares:
+        return chunk
+    total = image if tiles is None else tiles
+    chunks = -(-total // min(total, chunk))
+    while chunks < total and chunks * blocks < 8 * threads and (chunks * blocks) % threads:
         chunks += 1
-    return -(-tiles // chunks)
+    return -(-total // chunks)

@@ -212,11 +212,6 @@ def loop(extent: Expr, parallel: bool = False) -> Any:
     return T.parallel(0, extent) if parallel else T.serial(0, extent)
 
 
-def is_dynamic(extent: Expr) -> bool:
-    """True where the extent is not known when the kernel is generated."""
-    return not isinstance(extent, int)
-
-
 def floor_div(a: Expr, b: int) -> Expr:
     """``a // b`` for non-negative ``a``."""
     return a if b == 1 else a // b if isinstance(a, int) else tirx.floordiv(a, b)

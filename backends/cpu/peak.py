@@ -16,9 +16,7 @@ from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.isa import Isa
 
 _ITERATIONS = 100_000  # about 0.2 ms a call
-_CHAINS = (
-    14  # independent accumulators: covers two 6-cycle operations a cycle and fits 16 registers
-)
+CHAINS = 14  # independent accumulators: covers two 6-cycle operations a cycle and fits 16 registers
 _CALLS = 50
 
 
@@ -30,7 +28,7 @@ def peak_name(dtype: str) -> str:
 def peak_operations(isa: Isa, dtype: str) -> int:
     """Operations (a multiply-accumulate is two) in one call of the kernel."""
     products = isa.dot_group if dtype == "uint8" else 1
-    return 2 * _ITERATIONS * _CHAINS * isa.lanes * products
+    return 2 * _ITERATIONS * CHAINS * isa.lanes * products
 
 
 def peak_kernel(isa: Isa, dtype: str) -> tvm.tirx.PrimFunc:
@@ -43,16 +41,16 @@ def peak_kernel(isa: Isa, dtype: str) -> tvm.tirx.PrimFunc:
     lanes = isa.lanes
     with emit.kernel(peak_name(dtype)) as builder:
         x = T.arg("x", T.buffer((lanes,), element))
-        y = T.arg("y", T.buffer((_CHAINS * lanes,), element))
+        y = T.arg("y", T.buffer((CHAINS * lanes,), element))
         operand = emit.bind(emit.load(x, 0, lanes))
-        accumulators = emit.Accumulators(_CHAINS, 1, element, lanes)
-        for i in range(_CHAINS):
+        accumulators = emit.Accumulators(CHAINS, 1, element, lanes)
+        for i in range(CHAINS):
             start = operand + emit.constant(element, i, lanes)
             accumulators.set(i, 0, start)
         with emit.loop(_ITERATIONS):
-            for i in range(_CHAINS):
+            for i in range(CHAINS):
                 accumulators.set(i, 0, _chain(isa, dtype, accumulators.get(i, 0), operand))
-        for i in range(_CHAINS):
+        for i in range(CHAINS):
             emit.store(y, i * lanes, accumulators.get(i, 0))
     return builder.get()
 
@@ -74,7 +72,7 @@ def time_peak(function: Callable[..., object], isa: Isa, dtype: str) -> float:
     """GOPS of a compiled ``peak_kernel``: the best of many calls, since anything else on the core only slows it."""
     element = np.int32 if dtype == "uint8" else np.float32
     x = tvm.runtime.tensor(np.zeros(isa.lanes, element))
-    y = tvm.runtime.tensor(np.zeros(_CHAINS * isa.lanes, element))
+    y = tvm.runtime.tensor(np.zeros(CHAINS * isa.lanes, element))
     best = float("inf")
     for _ in range(_CALLS):
         start = time.perf_counter()
