@@ -14,7 +14,7 @@ from tests.models import example, randomize
 
 Built = tuple[nn.Module, tuple[Tensor, ...]]
 
-# name -> input side; 64 where the network's strides allow it.
+# name -> input side, as small as the network's strides allow.
 TORCHVISION = {
     "alexnet": 64,
     "convnext_tiny": 32,
@@ -49,13 +49,13 @@ TIMM = {
     "levit_128s": 224,
     "lcnet_050": 32,
 }
-PYTORCHCV = {
-    "preresnet10": 32,
-    "shufflenet_g3_wd4": 32,
-    "menet108_8x1_g3": 32,
-    "squeezenext23_w1": 64,
-    "resnet10": 64,
-    "fdmobilenet_wd4": 64,
+PYTORCHCV = {  # these end in a 7 x 7 average pool
+    "preresnet10": 224,
+    "shufflenet_g3_wd4": 224,
+    "menet108_8x1_g3": 224,
+    "sqnxt23_w1": 224,
+    "resnet10": 224,
+    "fdmobilenet_wd4": 224,
 }
 
 
@@ -99,9 +99,9 @@ def _timm(name: str, side: int) -> nn.Module:
 
 
 def _pytorchcv(name: str, side: int) -> nn.Module:
+    torchvision_models()  # pytorchcv imports torchvision
     provider = importlib.import_module("pytorchcv.model_provider")
-    size = {} if name in ("shufflenet_g3_wd4", "preresnet10") else {"in_size": (side, side)}
-    model: nn.Module = provider.get_model(name, pretrained=False, **size)
+    model: nn.Module = provider.get_model(name, pretrained=False)
     return model
 
 

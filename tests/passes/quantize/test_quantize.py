@@ -62,3 +62,61 @@ def test_a_recipe_with_an_unknown_observer_names_the_line():
     assert str(error.value) == (
         "r.yaml:2: observer 'median' is none of minmax, moving-average, percentile, mse, entropy"
     )
+
+
+def test_biases_are_corrected_unless_told_otherwise():
+    program = with_batch_norm()
+    corrected = go.passes.Quantize(calibration=data(program))(program)
+    plain = go.passes.Quantize(calibration=data(program), bias_correction=False)(program)
+    assert corrected.history[-1].rewrites == plain.history[-1].rewrites + 2
+
+
+def test_data_that_can_be_read_once_is_an_error():
+    program = with_batch_norm()
+    with pytest.raises(QuantizeError) as error:
+        go.passes.Quantize(calibration=iter(data(program)))(program)
+    assert str(error.value) == (
+        "quantize reads the calibration data twice: pass a list or another iterable that can be "
+        "read again, or bias_correction=False"
+    )
+    once = go.passes.Quantize(calibration=iter(data(program)), bias_correction=False)(program)
+    assert once.history[-1].rewrites > 0
+
+
+def test_a_program_that_is_fake_quantized_is_left_alone():
+    program = with_batch_norm()
+    once = go.passes.Quantize(calibration=data(program), bias_correction=False)(program)
+    twice = go.passes.Quantize(calibration=data(program))(once)
+    assert twice.history[-1].rewrites == 0
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "shuffle"])
+def test_the_integer_level_has_no_float_islands(kind):
+    """From the first quantize to the last layer, everything between is integer."""
+
+    def resnet(m, x):
+        a = nn.functional.max_pool2d(torch.relu(m.a(x)), 3, 2, 1)
+        b = torch.relu(m.b(torch.relu(m.c(a))) + m.d(a))
+        return m.f(nn.functional.adaptive_avg_pool2d(b, 1).flatten(1))
+
+    def mobilenet(m, x):
+        a = nn.functional.relu6(m.a(nn.functional.pad(x, (0, 1, 0, 1))))
+        b = m.b(nn.functional.relu6(m.g(a))) + a
+        return m.f(nn.functional.dropout(b.mean((2, 3)), 0.2, m.training))
+
+    def shuffle(m, x):
+        left, right = torch.relu(m.a(x)).chunk(2, 1)
+        y = torch.cat([left, torch.relu(m.e(right))], 1)
+        y = y.view(-1, 2, 4, 12, 12).transpose(1, 2).reshape(-1, 8, 12, 12)
+        return m.f(torch.relu(m.b(y)).mean((2, 3)))
+
+    layers = {name: conv(8, 8) for name in "bcd"}
+    layers |= {"a": conv(3, 8), "g": conv(8, 8, groups=8), "e": conv(4, 4), "f": nn.Linear(8, 5)}
+    body = {"resnet": resnet, "mobilenet": mobilenet, "shuffle": shuffle}[kind]
+    program = capture(body, 2, 3, 12, 12, **layers)
+    integer = go.integerize(go.passes.Quantize(calibration=data(program))(program))
+    calls = [str(n.target) for n in integer.graph.nodes if n.op == "call_function"]
+    assert calls[0] == "graphopt.quantize.default"
+    assert calls[-1] == "graphopt.linear_dequantize.default"
+    assert sum("quantize" in name for name in calls) == 2
+    assert go.backends.integerize.kept_in_float(integer) == ()
