@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt.artifact import Artifact
 from graphopt.backends.targets import Target, resolve
 from graphopt.errors import CompileError
-from graphopt.manifest import Dim, Manifest, TensorSpec
+from graphopt.manifest import Dim, Manifest, Peak, TensorSpec
 from graphopt.program import Program
 from graphopt.runtime import available_cpus
 
@@ -86,6 +86,7 @@ class _Compiler:
         inputs = tuple(pytree.tree_leaves(program.example_inputs))
         exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
         module, weights = self._timed("import", lambda: import_module(exported))
+        peaks = [_add_peak(lowered.functions, isa, dtype) for dtype in ("uint8", "float32")]
         library = self._timed(
             "codegen", lambda: build_library(module, lowered.functions, isa.target())
         )
@@ -100,6 +101,7 @@ class _Compiler:
             weights=tuple(weights),
             threads=self.threads,
             kernels=tuple(lowered.calls),
+            peaks=tuple(peaks),
             history=tuple(record.to_json() for record in program.history),
             stats=self.source.stats().to_json(),
             report=report.to_json(),
@@ -117,7 +119,7 @@ class _Compiler:
     def _prepare(self) -> tuple[Program, tuple[tuple[str, str], ...]]:
         """The program that is really compiled: identities removed, batch norm folded, integer where quantized."""
         from graphopt import ops
-        from graphopt.backends.integerize import integerize
+        from graphopt.backends.integerize import integerize, kept_in_float
         from graphopt.passes import FoldBatchNorm, RemoveIdentities
 
         program = self.source
@@ -128,7 +130,22 @@ class _Compiler:
             for op in map(ops.info, program.graph.nodes)
         ):
             program = integerize(program)
-        return program, ()
+        return program, kept_in_float(program)
+
+
+def _add_peak(functions: dict[str, Any], isa: Any, dtype: str) -> Peak:
+    """Put the loop that measures the machine's peak beside the kernels, for benchmarks."""
+    from graphopt.backends.cpu.peak import CHAINS, peak_kernel, peak_name, peak_operations
+
+    name = peak_name(dtype)
+    functions[name] = peak_kernel(isa, dtype)
+    element = "int32" if dtype == "uint8" else "float32"
+    arguments = (
+        TensorSpec("x", element, (isa.lanes,)),
+        TensorSpec("y", element, (CHAINS * isa.lanes,)),
+    )
+    compared = "int8" if dtype == "uint8" else "float32"
+    return Peak(name, compared, peak_operations(isa, dtype) // 2, arguments)
 
 
 def _versions() -> dict[str, str]:

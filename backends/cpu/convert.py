@@ -16,7 +16,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.activation import apply_activation
-from graphopt.backends.cpu.emit import Buffer, Expr, bind, constant, to_float, vector
+from graphopt.backends.cpu.emit import Buffer, Expr, bind, constant, loop, to_float, vector
 from graphopt.backends.cpu.epilogue import round_and_clamp
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.stream import (
@@ -100,21 +100,31 @@ def _shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
     return tirx.Shuffle(list(vectors), list(indices))
 
 
+def _for_groups(channels: int, group: Callable[[Expr, int], None]) -> None:
+    """``GROUP`` channels at a time; the last group overlaps the one before rather than being narrower."""
+    if channels <= GROUP:
+        group(0, channels)
+        return
+    with loop(channels // GROUP) as index:
+        group(index * GROUP, GROUP)
+    if channels % GROUP:
+        group(channels - GROUP, GROUP)
+
+
 def _to_nhwc(workload: Convert, x: View, y: View, lanes: int, bits: int, threads: int) -> None:
     """Rows of pixels, ``lanes`` at a time: a vector a channel in, groups of channels a pixel out."""
     layout, apply = y.layout, _map(workload)
     channels, stride = layout.channels, layout.channel_stride
     packed = channels <= GROUP and stride <= GROUP
-    starts = [0] if channels <= GROUP else [*range(0, channels - GROUP, GROUP), channels - GROUP]
 
     def body(image: Expr, row: Expr) -> None:
         def emit(column: Expr, width: int) -> None:
             target = bind(y.at(image, row, column))
-            for start in starts:
-                group = range(start, min(start + GROUP, channels))
+
+            def group(start: Expr, count: int) -> None:
                 values = [
-                    bind(apply(x.load(x.at(image, row, column, channel), width), width))
-                    for channel in group
+                    bind(apply(bind(x.load(x.at(image, row, column, start + k), width)), width))
+                    for k in range(count)
                 ]
                 size = stride if packed else len(values)
                 values += [
@@ -131,6 +141,8 @@ def _to_nhwc(workload: Convert, x: View, y: View, lanes: int, bits: int, threads
                         order = [k * width + pixel for k in range(size)]
                         offset = target + pixel * stride + start
                         y.store(offset, _shuffle(values, order))
+
+            _for_groups(channels, group)
             if not packed:
                 for pixel in range(width):
                     fill_pad_channels(y, target + pixel * stride, bits // 8)
@@ -145,25 +157,26 @@ def _to_nchw(workload: Convert, x: View, y: View, lanes: int, bits: int, threads
     layout, apply = x.layout, _map(workload)
     channels, stride = layout.channels, layout.channel_stride
     packed = channels <= GROUP and stride <= GROUP
-    starts = [0] if channels <= GROUP else [*range(0, channels - GROUP, GROUP), channels - GROUP]
 
     def body(image: Expr, row: Expr) -> None:
         def emit(column: Expr, width: int) -> None:
             source = bind(x.at(image, row, column))
-            for start in starts:
-                group = range(start, min(start + GROUP, channels))
+
+            def group(start: Expr, count: int) -> None:
                 if packed:
                     size, vectors = stride, [bind(x.load(source, stride * width))]
                 else:
-                    size = len(group)
+                    size = count
                     vectors = [
                         bind(x.load(source + pixel * stride + start, size))
                         for pixel in range(width)
                     ]
-                for k, channel in enumerate(group):
+                for k in range(count):
                     order = [pixel * size + k for pixel in range(width)]
-                    value = vectors[0] if width * size == 1 else _shuffle(vectors, order)
-                    y.store(y.at(image, row, column, channel), apply(value, width))
+                    value = bind(vectors[0] if width * size == 1 else _shuffle(vectors, order))
+                    y.store(y.at(image, row, column, start + k), apply(value, width))
+
+            _for_groups(channels, group)
 
         sweep(layout.width, lanes, emit)
 
