@@ -24,7 +24,6 @@ from graphopt.backends.cpu.emit import (
     bind,
     broadcast,
     constant,
-    intrinsic,
     load,
     store,
     to_float,
@@ -47,6 +46,7 @@ from graphopt.errors import CompileError
 
 UNROLLED_TAPS = 25
 EXACT_IN_16_BITS = 256
+FLOAT_INFINITY = 0x7F800000  # a float32 whose magnitude, as an integer, is larger is a NaN
 
 
 class _Span(NamedTuple):
@@ -100,20 +100,20 @@ class _Reduction:
     lanes: int
     combine: Callable[[Expr, Expr, int], Expr]
     finish: Callable[[Expr, _Span, _Span, int], Expr]
+    spreads_nan: bool = False  # ``combine`` forgets a NaN that the result must be
 
 
 def _maximum(workload: Pool2d, bits: int) -> _Reduction:
     dtype = workload.x.dtype
-    if dtype == "float32":
-
-        def larger(best: Expr, value: Expr, lanes: int) -> Expr:
-            # As torch: a NaN wins, and stays.
-            return intrinsic(vector(dtype, lanes), "llvm.maximum", best, value)
-
-        return _Reduction(dtype, float("-inf"), bits // 32, larger, lambda value, *_: value)
-    lowest = 0 if dtype == "uint8" else -128
+    lowest = {"uint8": 0, "int8": -128, "float32": float("-inf")}[dtype]
+    width = 32 if dtype == "float32" else 8
     return _Reduction(
-        dtype, lowest, bits // 8, lambda a, b, _: tirx.max(a, b), lambda value, *_: value
+        dtype,
+        lowest,
+        bits // width,
+        lambda a, b, _: tirx.max(a, b),
+        lambda value, *_: value,
+        spreads_nan=dtype == "float32",
     )
 
 
@@ -257,19 +257,38 @@ def _reduce(
     corner = bind(x.at(image, rows.start, columns.start, channel))
     line = x.layout.columns * x.layout.channel_stride
 
-    def tap(best: Expr, r: Expr, s: Expr) -> Expr:
+    def tap(r: Expr, s: Expr) -> Expr:
         offset = corner + r * down * line + s * right * x.layout.channel_stride
-        return reduction.combine(best, bind(x.load(offset, lanes)), lanes)
+        return bind(x.load(offset, lanes))
 
     held = T.alloc_buffer((lanes,), reduction.dtype)
     store(held, 0, initial)
+    magnitude = T.alloc_buffer((lanes,), "int32") if reduction.spreads_nan else None
+    if magnitude is not None:
+        store(magnitude, 0, constant("int32", 0, lanes))
+
+    def visit(r: Expr, s: Expr) -> None:
+        value = tap(r, s)
+        store(held, 0, reduction.combine(load(held, 0, lanes), value, lanes))
+        if magnitude is not None:
+            # As integers, so that no chain of compares and blends waits for the maximum: 0.5x.
+            bits = T.reinterpret(vector("int32", lanes), value)
+            largest = tirx.max(
+                load(magnitude, 0, lanes), bits & constant("int32", 0x7FFFFFFF, lanes)
+            )
+            store(magnitude, 0, largest)
+
     if rows.inside and columns.inside and kernel_height * kernel_width <= UNROLLED_TAPS:
         for r, s in product(range(kernel_height), range(kernel_width)):
-            store(held, 0, tap(load(held, 0, lanes), r, s))
+            visit(r, s)
     else:
         with T.serial(rows.first, rows.stop) as r, T.serial(columns.first, columns.stop) as s:
-            store(held, 0, tap(load(held, 0, lanes), r, s))
-    return bind(load(held, 0, lanes))
+            visit(r, s)
+    value = bind(load(held, 0, lanes))
+    if magnitude is None:
+        return value
+    is_nan = load(magnitude, 0, lanes) > constant("int32", FLOAT_INFINITY, lanes)
+    return bind(tirx.Select(is_nan, constant("float32", float("nan"), lanes), value))
 
 
 def pack_pool2d(workload: Pool2d, multiplier: float) -> list[npt.NDArray[np.float32]]:
