@@ -51,7 +51,7 @@ def run(function: tvm.tirx.PrimFunc, row, *arrays: np.ndarray, out: np.ndarray) 
     module = tvm.compile(function, target=row.target())
     name = function.attrs["global_symbol"]
     module[name](*[tvm.runtime.tensor(array) for array in arrays], result)
-    return result.numpy()
+    return np.asarray(result.numpy())
 
 
 def round_and_clamp(value: np.ndarray, parameters) -> np.ndarray:
@@ -61,4 +61,4 @@ def round_and_clamp(value: np.ndarray, parameters) -> np.ndarray:
     high = np.float32(parameters.qmax - parameters.zero_point)
     value = np.where(value > low, value, low)
     value = np.where(value < high, value, high)
-    return parameters.zero_point + np.rint(value).astype(np.int32)
+    return np.asarray(np.rint(value).astype(np.int32) + parameters.zero_point)

@@ -35,16 +35,16 @@ def make(dtype, shape, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), *
         batch, height, width, channels, dtype, padding[0], padding[0], padding[1], padding[1]
     )
     x = replace(x, fill=ZERO_POINT if integer else 0)
-    size = [
+    rows, columns = (
         (shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
-    ]
+    )
     epilogue = fields.pop("epilogue", Epilogue(ROUNDING) if integer else Epilogue())
     out = "uint8" if epilogue.requantize else "float32"
-    y = Layout(batch, *size, channels, out, 1, 0, 2, 1, channels + 3, fill=9)
+    y = Layout(batch, rows, columns, channels, out, 1, 0, 2, 1, channels + 3, fill=9)
     residual = None
     if epilogue.residual_add or epilogue.float_residual:
-        residual = Layout(batch, *size, channels, out, 0, 1, 1, 0)
+        residual = Layout(batch, rows, columns, channels, out, 0, 1, 1, 0)
     zero_point = ZERO_POINT if integer else 0
     return Conv2d(x, y, kernel, stride, padding, dilation, channels, zero_point, epilogue, residual)
 
@@ -60,7 +60,7 @@ def convolve(workload: Conv2d, x: np.ndarray, weight: np.ndarray, bias: np.ndarr
         workload.dilation,
         workload.groups,
     )
-    return y.numpy()
+    return np.asarray(y.numpy())
 
 
 def reference(workload, x, weight, bias, multiplier, residual) -> np.ndarray:
@@ -68,10 +68,10 @@ def reference(workload, x, weight, bias, multiplier, residual) -> np.ndarray:
     if x.dtype == np.float32:
         if residual is not None:
             sums = sums + residual
-        return np.clip(sums, 0, 6) if epilogue.activation else sums
+        return np.asarray(np.clip(sums, 0, 6) if epilogue.activation else sums)
     scaled = sums.astype(np.int32).astype(np.float32) * multiplier[:, None, None]
     if epilogue.requantize is None:
-        return np.clip(scaled, 0, 6) if epilogue.activation else scaled
+        return np.asarray(np.clip(scaled, 0, 6) if epilogue.activation else scaled)
     q = round_and_clamp(scaled, epilogue.requantize)
     add = epilogue.residual_add
     if add is not None:

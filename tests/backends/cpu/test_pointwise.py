@@ -18,7 +18,7 @@ PARAMETERS = QuantizedAdd(2**21 - 1, -1234567, 21, 17, 200, 128, 0, 255)
 def reference_add(workload: Add, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     p = workload.add
     if p is None:
-        return np.maximum(a + b, 0) if workload.activation else a + b
+        return np.asarray(np.maximum(a + b, 0) if workload.activation else a + b)
     v = (a.astype(np.int64) - p.a_zero_point) * p.a_multiplier
     v += (b.astype(np.int64) - p.b_zero_point) * p.b_multiplier
     assert np.abs(v).max() < 2**31

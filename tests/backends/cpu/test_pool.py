@@ -27,12 +27,12 @@ def outputs(extent, kernel, stride, padding, dilation, ceil_mode):
 
 def make(kind, shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil_mode=False, **fields):
     batch, channels, height, width = shape
-    size = [
+    rows, columns = (
         outputs(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode)
         for i in (0, 1)
-    ]
+    )
     x = Layout(batch, height, width, channels, dtype, 1, 0, 2, 1, channels + 3, fill=100)
-    y = Layout(batch, *size, channels, dtype, 1, 2, 0, 1, channels + 1, fill=9)
+    y = Layout(batch, rows, columns, channels, dtype, 1, 2, 0, 1, channels + 1, fill=9)
     rounding = ROUNDING if kind == "average" and dtype != "float32" else None
     return Pool2d(
         kind, x, y, kernel, stride, padding, dilation, requantize=rounding, **fields
@@ -46,7 +46,10 @@ def reference(workload: Pool2d, logical: np.ndarray, ceil_mode: bool) -> np.ndar
         y = torch.nn.functional.max_pool2d(
             x.double(), kernel, stride, padding, workload.dilation, ceil_mode
         )
-        return y.numpy().astype(logical.dtype)
+        if logical.dtype == np.float32:
+            return y.numpy().astype(np.float32)
+        # A dilated window may miss the map altogether: the lowest value, as in torch's integer kernels.
+        return np.maximum(y.numpy(), np.iinfo(logical.dtype).min).astype(logical.dtype)
     average = lambda t, **kw: torch.nn.functional.avg_pool2d(  # noqa: E731
         t, kernel, stride, padding, ceil_mode, **kw
     )
@@ -115,6 +118,7 @@ def test_an_average_over_more_than_256_elements_is_exact(row):
 @example("average", "uint8", (3, 1, 7, 7), (3, 3), (2, 2), (1, 1), 1, True, True, 0, ROWS[0])
 @example("average", "uint8", (1, 3, 6, 6), (3, 3), (2, 2), (1, 1), 1, True, False, 0, ROWS[-1])
 @example("average", "uint8", (1, 3, 6, 6), (3, 2), (3, 2), (1, 0), 1, True, True, 7, ROWS[-1])
+@example("max", "uint8", (1, 1, 1, 1), (2, 1), (1, 1), (1, 0), 2, False, False, 0, ROWS[0])
 @example("max", "int8", (1, 3, 13, 13), (9, 9), (1, 1), (4, 4), 1, False, True, 0, ROWS[1])
 def test_random_windows(
     kind, dtype, shape, kernel, stride, padding, dilation, ceil_mode, include, override, row
