@@ -8,6 +8,7 @@ from graphopt.passes.fuse import FoldBatchNorm as FoldBatchNorm
 from graphopt.passes.fuse import LowerBatchNorm as LowerBatchNorm
 from graphopt.passes.quantize import ActivationSpec as ActivationSpec
 from graphopt.passes.quantize import CorrectBias as CorrectBias
+from graphopt.passes.quantize import EqualizeWeights as EqualizeWeights
 from graphopt.passes.quantize import InsertFakeQuant as InsertFakeQuant
 from graphopt.passes.quantize import Override as Override
 from graphopt.passes.quantize import QuantizationSpec as QuantizationSpec

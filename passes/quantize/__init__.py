@@ -1,6 +1,7 @@
 """Quantization: a declarative spec, observers, fake quantization and the one-line int8 recipe."""
 
 from graphopt.passes.quantize.correct_bias import CorrectBias
+from graphopt.passes.quantize.equalize_weights import EqualizeWeights
 from graphopt.passes.quantize.insert_fake_quant import InsertFakeQuant
 from graphopt.passes.quantize.quantize import Quantize
 from graphopt.passes.quantize.spec import ActivationSpec, Override, QuantizationSpec, WeightSpec
@@ -8,6 +9,7 @@ from graphopt.passes.quantize.spec import ActivationSpec, Override, Quantization
 __all__ = [
     "ActivationSpec",
     "CorrectBias",
+    "EqualizeWeights",
     "InsertFakeQuant",
     "Override",
     "QuantizationSpec",
