@@ -35,7 +35,7 @@ def within(epsilon: float) -> Contract:
 
 
 def difference(before: Any, after: Any) -> float:
-    """``max|y' - y| / max(1, max|y|)`` over all outputs; 0 only where every bit agrees (equal NaNs agree)."""
+    """``max|y' - y| / max(1, max|y|)`` over all outputs; 0 only where all values are equal (NaN equals NaN, 0 equals -0)."""
     worst = 0.0
     for old, new in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
         if not isinstance(old, torch.Tensor):

@@ -20,6 +20,12 @@ T = TypeVar("T")
 _INHERITED_META = ("nn_module_stack", "stack_trace")
 
 
+def _name_of(target: Any) -> str | None:
+    """``relu`` for ``aten.relu.default``; None leaves the choice to fx."""
+    schema = getattr(target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else None
+
+
 class Build:
     """Makes nodes before an anchor; ``build.conv2d(x, w)`` emits the op table's overload of that name.
 
@@ -44,7 +50,7 @@ class Build:
         """A call of any overload (``torch.ops.aten.conv2d.default``)."""
         graph = self._program.graph
         with graph.inserting_before(self._anchor):
-            node = graph.call_function(target, args, kwargs)
+            node = graph.call_function(target, args, kwargs, name=_name_of(target))
         node.meta = self._meta()
         node.meta["val"] = propagate(node, fake_mode(self._program))
         return node
@@ -120,12 +126,13 @@ class Edit:
         return Build(self.program, anchor, origins)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Every reader of ``old`` reads ``new`` (except ``new``'s own ancestors between them). Counts one rewrite."""
+        """Every reader of ``old`` reads ``new``, except what ``new`` is computed by. Counts one rewrite."""
         if old is new:
             raise PassError(
                 f"{self.pass_name}: the rewrite of node {old.name!r} returned that same node"
             )
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        inside = _between(old, new)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
         self.rewrites += 1
 
     def replace_argument(self, node: fx.Node, argument: str, value: Any) -> None:
@@ -154,6 +161,16 @@ class Edit:
     def progress(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         """Iterate with a progress bar on a terminal."""
         return track(items, f"{self.pass_name}: {label}", total)
+
+
+def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """``new`` and those of its ancestors that stand after ``old``."""
+    found, stack = {new}, [new]
+    while stack:
+        near = [n for n in stack.pop().all_input_nodes if old < n and n not in found]
+        found.update(near)
+        stack.extend(near)
+    return found
 
 
 def set_tensor(program: Program, node: fx.Node, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ Commutative operators are tried both ways round. A variable used twice must matc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,6 +20,10 @@ from torch import fx
 from graphopt import ops
 from graphopt.errors import Decline
 from graphopt.program import Program
+
+Bound = dict[str, Any]
+Nodes = tuple[fx.Node, ...]
+Step = tuple[Bound, Nodes]
 
 
 @dataclass(frozen=True)
@@ -127,66 +131,74 @@ class Match:
 
 
 def match(program: Program, pattern: Call, root: fx.Node) -> Match | None:
-    """Bind ``pattern`` with its outermost call at ``root``, or None."""
-    found = Match(program, root)
-    return found if _match_call(pattern, root, found) else None
+    """Bind ``pattern`` with its outermost call at ``root``, or None. Every order of commutative operators is tried."""
+    for bound, nodes in _match_call(pattern, root, {}, ()):
+        found = Match(program, root)
+        found._bound, found.nodes = bound, list(nodes)
+        return found
+    return None
 
 
-def _match_call(pattern: Call, node: Any, found: Match) -> bool:
+def _match_call(pattern: Call, node: Any, bound: Bound, nodes: Nodes) -> Iterator[Step]:
     if not ops.is_op(node, *pattern.operators):
-        return False
-    saved = dict(found._bound), list(found.nodes)
-    if pattern.name is not None and not _bind(pattern.name, node, found):
-        return False
-    found.nodes.append(node)
-    bound = ops.bind(node)
-    names = list(bound)
-    values = [bound[name] for name in names]
-    if _match_arguments(pattern, names, values, found):
-        return True
+        return
+    if pattern.name is not None:
+        named = _bind(pattern.name, node, bound)
+        if named is None:
+            return
+        bound = named
+    values = ops.bind(node)
+    yield from _match_arguments(pattern, values, bound, (*nodes, node))
     op = ops.info(node)
-    if op is not None and op.commutative and len(values) >= 2:
-        found._bound, found.nodes = dict(saved[0]), [*saved[1], node]
-        if pattern.name is not None:
-            found._bound[pattern.name] = node
-        values[0], values[1] = values[1], values[0]
-        if _match_arguments(pattern, names, values, found):
-            return True
-    found._bound, found.nodes = saved
-    return False
+    if op is not None and op.commutative:
+        first, second, *rest = values
+        swapped = {first: values[second], second: values[first]}
+        swapped.update((name, values[name]) for name in rest)
+        yield from _match_arguments(pattern, swapped, bound, (*nodes, node))
 
 
-def _match_arguments(pattern: Call, names: list[str], values: list[Any], found: Match) -> bool:
-    if len(pattern.args) > len(values):
-        return False
-    by_name = dict(zip(names, values, strict=True))
-    wanted = [*zip(pattern.args, values, strict=False)]
-    for name, argument in pattern.kwargs.items():
-        if name not in by_name:
-            return False
-        wanted.append((argument, by_name[name]))
-    return all(_match_value(argument, value, found) for argument, value in wanted)
+def _match_arguments(
+    pattern: Call, values: dict[str, Any], bound: Bound, nodes: Nodes
+) -> Iterator[Step]:
+    if len(pattern.args) > len(values) or not pattern.kwargs.keys() <= values.keys():
+        return
+    wanted = list(zip(pattern.args, values.values(), strict=False))
+    wanted.extend((argument, values[name]) for name, argument in pattern.kwargs.items())
+    yield from _match_all(wanted, bound, nodes)
 
 
-def _match_value(pattern: Any, value: Any, found: Match) -> bool:
+def _match_all(wanted: list[tuple[Any, Any]], bound: Bound, nodes: Nodes) -> Iterator[Step]:
+    if not wanted:
+        yield bound, nodes
+        return
+    for step in _match_value(*wanted[0], bound, nodes):
+        yield from _match_all(wanted[1:], *step)
+
+
+def _match_value(pattern: Any, value: Any, bound: Bound, nodes: Nodes) -> Iterator[Step]:
     if isinstance(pattern, Call):
-        return _match_call(pattern, value, found)
-    if isinstance(pattern, Var):
-        return _bind(pattern.name, value, found)
-    if isinstance(pattern, Const):
-        if value is None:
-            return pattern.optional and _bind(pattern.name, None, found)
-        is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
-        return is_constant and _bind(pattern.name, value, found)
-    return not isinstance(value, fx.Node) and bool(pattern == value)
+        yield from _match_call(pattern, value, bound, nodes)
+        return
+    if isinstance(pattern, Var | Const):
+        named = _bind(pattern.name, value, bound)
+        if named is not None and (isinstance(pattern, Var) or _is_constant(pattern, value)):
+            yield named, nodes
+    elif not isinstance(value, fx.Node) and bool(pattern == value):
+        yield bound, nodes
 
 
-def _bind(name: str, value: Any, found: Match) -> bool:
-    if name not in found._bound:
-        found._bound[name] = value
-        return True
-    known = found._bound[name]
+def _is_constant(pattern: Const, value: Any) -> bool:
+    if value is None:
+        return pattern.optional
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _bind(name: str, value: Any, bound: Bound) -> Bound | None:
+    """``bound`` with the name, or None where it is bound to something else."""
+    if name not in bound:
+        return {**bound, name: value}
+    known = bound[name]
     if isinstance(known, fx.Node) and isinstance(value, fx.Node):
         same_constant = known.op == value.op == "get_attr" and known.target == value.target
-        return known is value or same_constant
-    return bool(known == value)
+        return bound if known is value or same_constant else None
+    return bound if bool(known == value) else None

@@ -51,6 +51,8 @@ class Pipeline:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {path} is not UTF-8 text") from error
         return cls.from_text(text, str(path), **data)
 
     @classmethod
@@ -61,6 +63,8 @@ class Pipeline:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise RecipeError(f"{source}:{line}: not valid YAML: {error.problem}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source}:1: not valid YAML: {error}") from error
         return cls([_read_pass(entry, source, data) for entry in _entries(root, source)])
 
 
@@ -126,13 +130,17 @@ def _construct(
     data: Mapping[str, Any],
 ) -> Pass:
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    written: set[str] = set()
     values: dict[str, Any] = {name: value for name, value in data.items() if name in fields}
     for key, value in options:
-        if key.value not in fields:
+        if not isinstance(key, yaml.ScalarNode) or key.value not in fields:
             known = ", ".join(fields) or "none"
             raise RecipeError(
                 f"{_at(key, source)}: {cls.name} has no option {key.value!r}; its options: {known}"
             )
+        if key.value in written:
+            raise RecipeError(f"{_at(key, source)}: {cls.name} sets option {key.value!r} twice")
+        written.add(key.value)
         values[key.value] = _checked(cls, fields[key.value], key, value, source)
     try:
         return cls(**values)
@@ -154,9 +162,14 @@ def _checked(
     """The option's value, converted to the field's declared type."""
     import typing
 
-    plain = yaml.SafeLoader("").construct_object(value, deep=True)
-    declared = typing.get_type_hints(cls)[field.name]
-    adapter = pydantic.TypeAdapter(declared, config={"arbitrary_types_allowed": True})
+    try:
+        plain = yaml.SafeLoader("").construct_object(value, deep=True)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or error
+        raise RecipeError(
+            f"{_at(value, source)}: option {key.value!r} of {cls.name}: {reason}"
+        ) from error
+    adapter = _adapter(typing.get_type_hints(cls)[field.name])
     try:
         return adapter.validate_python(plain)
     except pydantic.ValidationError as error:
@@ -164,3 +177,9 @@ def _checked(
         raise RecipeError(
             f"{_at(value, source)}: option {key.value!r} of {cls.name}: {reason}, not {plain!r}"
         ) from error
+
+
+def _adapter(declared: Any) -> pydantic.TypeAdapter[Any]:
+    if dataclasses.is_dataclass(declared):
+        return pydantic.TypeAdapter(declared)  # pydantic takes no other configuration for these
+    return pydantic.TypeAdapter(declared, config={"arbitrary_types_allowed": True})

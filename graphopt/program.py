@@ -104,12 +104,18 @@ class Program:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run in PyTorch. Raises InputError for a wrong number of inputs, a wrong rank, shape or dtype."""
-        flat = pytree.tree_leaves(inputs)
+        flat, structure = pytree.tree_flatten(inputs)
         nodes = self.inputs
         if len(flat) != len(nodes):
             raise InputError(f"the program takes {len(nodes)} input(s), {len(flat)} were given")
         for node, value in zip(nodes, flat, strict=True):
             check_input(node.name, value, node.meta["val"], self.dynamic_batch)
+        expected = pytree.tree_structure(self.example_inputs)
+        if structure != expected:
+            raise InputError(f"the inputs must be nested as {expected}, not as {structure}")
+        if self.dynamic_batch is not None and len({value.shape[0] for value in flat}) > 1:
+            sizes = ", ".join(f"{n.name} {v.shape[0]}" for n, v in zip(nodes, flat, strict=True))
+            raise InputError(f"all inputs must have one batch size, not {sizes}")
         return self.graph_module(*inputs)
 
     def tensor(self, node: fx.Node) -> torch.Tensor:

@@ -88,12 +88,15 @@ def load_plugin(path: str | Path) -> None:
         raise RegistryError(f"plugin {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    registered = dict(_passes)
     try:
         spec.loader.exec_module(module)
-    except RegistryError:
-        raise
     except Exception as error:
         del sys.modules[module_name]
+        _passes.clear()
+        _passes.update(registered)
+        if isinstance(error, RegistryError):
+            raise
         raise RegistryError(
             f"plugin {path} failed to load: {type(error).__name__}: {error}"
         ) from error
