@@ -49,7 +49,8 @@ def reference(workload: Pool2d, logical: np.ndarray, ceil_mode: bool) -> np.ndar
         if logical.dtype == np.float32:
             return y.numpy().astype(np.float32)
         # A dilated window may miss the map altogether: the lowest value, as in torch's integer kernels.
-        return np.maximum(y.numpy(), np.iinfo(logical.dtype).min).astype(logical.dtype)
+        lowest = np.iinfo(logical.dtype).min
+        return np.asarray(np.maximum(y.numpy(), lowest), dtype=logical.dtype)
     average = lambda t, **kw: torch.nn.functional.avg_pool2d(  # noqa: E731
         t, kernel, stride, padding, ceil_mode, **kw
     )
