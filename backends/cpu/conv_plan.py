@@ -12,7 +12,8 @@ from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.errors import CompileError
 
-_LOAD_CYCLES = 0.1  # what a load costs beside arithmetic that hides it
+_PIXEL_CYCLES = 0.05  # a broadcast, beside arithmetic that hides most of it
+_WEIGHT_CYCLES = 0.25  # a vector of weights likewise: a whole line, often from L2
 _SIZES = {"uint8": 1, "float32": 4}
 _DYNAMIC_LINE = 14  # pixels that a tile of a dynamic batch of few pixels is made for
 _LOOP_CYCLES = 0.5  # a step's loop counter and branch
@@ -171,8 +172,8 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
         products = isa.halves * (1 if isa.dot_accumulates else 2)
         spread, widen = (0, 0) if isa.halves == 1 else (2, isa.halves)
     arithmetic = pixels * vectors * products + pixels * spread + vectors * widen
-    loads = pixels + vectors
-    step = max(arithmetic / 2, loads / 2, _DOT_LATENCY) + loads * _LOAD_CYCLES
+    step = max(arithmetic / 2, (pixels + vectors) / 2, _DOT_LATENCY)
+    step += pixels * _PIXEL_CYCLES + vectors * _WEIGHT_CYCLES
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
         step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
