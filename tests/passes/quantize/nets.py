@@ -22,9 +22,13 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-class Pair(Net):
+class Pair(nn.Module):
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.inner = Net(forward, **layers)
+
     def forward(self, x, y):
-        return self.body(self, x, y)
+        return self.inner.body(self.inner, x, y)
 
 
 def capture(forward, *shape, dynamic_batch=None, **layers):

@@ -53,10 +53,10 @@ def test_a_symmetric_range_has_its_zero_point_in_the_middle():
     assert (qparams.scale, qparams.zero_point) == (float(np.float32(3.0 / 127.0)), 128)
 
 
-@pytest.mark.parametrize("ends", [(1.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
-def test_what_is_no_range_is_an_error(ends):
+@pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_what_is_no_range_is_an_error(low, high):
     with pytest.raises(ValueError, match="is no range"):
-        activation_qparams(*ends, ActivationSpec())
+        activation_qparams(low, high, ActivationSpec())
 
 
 def test_weight_scales_by_channel_and_by_tensor():

@@ -14,8 +14,8 @@ def with_batch_norm():
     norm = nn.BatchNorm2d(8)
     torch.manual_seed(3)
     with torch.no_grad():
-        norm.running_mean.uniform_(-1, 1)
-        norm.running_var.uniform_(0.5, 2)
+        norm.get_buffer("running_mean").uniform_(-1, 1)
+        norm.get_buffer("running_var").uniform_(0.5, 2)
     layers = {"a": conv(3, 8, bias=False), "n": norm, "b": conv(8, 4)}
     return capture(lambda m, x: m.b(torch.relu(m.n(m.a(x)))), 1, 3, 8, 8, **layers)
 
