@@ -129,7 +129,7 @@ class _Compiler:
             op is not None and op.kind == "fake_quantize"
             for op in map(ops.info, program.graph.nodes)
         ):
-            program = integerize(program)
+            program = integerize(program, measure=False)
         return program, kept_in_float(program)
 
 

@@ -45,7 +45,9 @@ def run(pass_: Pass, program: Program) -> Program:
     except Exception as cause:
         wrapped = PassError(f"{pass_.name} failed: {type(cause).__name__}: {cause}")
         raise _named(wrapped, cause, edit) from cause
-    error = _measure(pass_, program, edit.program) if edit.rewrites else 0.0
+    error: float | None = 0.0
+    if edit.rewrites:
+        error = _measure(pass_, program, edit.program) if pass_.measured() else None
     after = edit.program.stats() if edit.rewrites else before
     record = Record(
         name=pass_.name,

@@ -313,7 +313,11 @@ def activations(node: fx.Node) -> list[fx.Node]:
 def macs(node: fx.Node) -> int:
     """Multiply-accumulates of a node at its example shapes (0 for operators that have none)."""
     op = info(node)
-    return op.macs(node) if op is not None and op.macs is not None else 0
+    if op is not None:
+        return op.macs(node) if op.macs is not None else 0
+    if getattr(node.target, "namespace", None) == "graphopt" and "weight" in bind(node):
+        return math.prod(_shape(node)) * math.prod(_shape(bind(node)["weight"])[1:])
+    return 0
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -33,6 +33,10 @@ class Pass(ABC):
         """The contract under these options; override where an option changes it."""
         return self.contract
 
+    def measured(self) -> bool:
+        """False where the driver should not run the result to measure its error (only a lossy pass may say so)."""
+        return True
+
     def __call__(self, program: Program) -> Program:
         """Run under the driver: count, clean, verify, measure, record.
 

@@ -24,25 +24,31 @@ class Integerize(Pass):
     """``clamp(rint(v / s_y) + zp_y)`` of a float64 layer becomes ``rint(float32(acc) * (s_x * s_w / s_y))``.
 
     Outputs move by at most one quantization step where a rounding falls the other way. ``keep_float`` names nodes (by
-    name or provenance) that stay float.
+    name or provenance) that stay float. ``measure`` runs the result in PyTorch, in float64 convolutions, for its error.
     """
 
     keep_float: tuple[str, ...] = ()
+    measure: bool = True
 
     name: ClassVar[str] = "integerize"
     contract: ClassVar[Contract] = lossy
+
+    def measured(self) -> bool:
+        return self.measure
 
     def apply(self, edit: Edit) -> None:
         Lowering(edit, frozenset(self.keep_float)).run()
 
 
-def integerize(program: Program, keep_float: Collection[str] = ()) -> Program:
+def integerize(
+    program: Program, keep_float: Collection[str] = (), measure: bool = True
+) -> Program:
     """``program`` at the integer level: it still runs in PyTorch, and every compiled kernel equals it bit for bit.
 
-    ``keep_float`` names nodes that stay float. Raises IntegerizeError for quantization parameters that no integer
-    program can hold (a scale of zero or NaN, say).
+    ``keep_float`` names nodes that stay float; without ``measure`` the history record holds no error. Raises
+    IntegerizeError for quantization parameters that no integer program can hold (a scale of zero or NaN, say).
     """
-    return Integerize(tuple(sorted(keep_float)))(program)
+    return Integerize(tuple(sorted(keep_float)), measure)(program)
 
 
 def kept_in_float(program: Program) -> tuple[tuple[str, str], ...]:
