@@ -69,12 +69,17 @@ class Pipeline:
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
-    names = [pass_.name for pass_ in passes]
-    for index, pass_ in enumerate(passes):
+    for pass_ in passes:
+        if isinstance(pass_, type):
+            raise PassError(
+                f"a pipeline holds passes, not the class {pass_.__name__}; write {pass_.__name__}()"
+            )
         if not isinstance(pass_, Pass):
             raise PassError(
-                f"a pipeline holds passes, not {type(pass_).__name__}; did you forget the parentheses?"
+                f"a pipeline holds passes, not {pass_!r}; Pipeline.from_text takes names"
             )
+    names = [pass_.name for pass_ in passes]
+    for index, pass_ in enumerate(passes):
         for earlier in pass_.runs_after:
             if earlier in names[index + 1 :] and earlier not in names[:index]:
                 raise PassError(

@@ -19,11 +19,11 @@ def verify(program: Program) -> None:
     Checked: fx lint; every ``get_attr`` resolves to a tensor; no tensor that nothing reads; every node has provenance
     and the shape and dtype that fake tensors give it.
     """
+    _check_tensors(program)
     try:
         program.graph.lint()
     except (RuntimeError, ValueError) as error:
         raise VerifyError(f"the graph is not well formed: {error}") from error
-    _check_tensors(program)
     mode = fake_mode(program)
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output"):

@@ -10,7 +10,9 @@ from torch import fx, nn
 import graphopt as go
 from graphopt.edit import Build
 from graphopt.errors import ContractError, PassError, VerifyError
+from graphopt.passing import Pass, RewritePass
 from graphopt.pattern import Call, Match, Operators
+from graphopt.rule import RewriteRule
 from tests.models import example
 from tests.passes.helpers import captured, operators, reasons, rewrites
 
@@ -18,7 +20,7 @@ X = example(2, 4)
 
 
 @dataclass(frozen=True)
-class Custom(go.Pass):
+class Custom(Pass):
     """Applies a function, under any contract; not registered."""
 
     name = "custom"
@@ -34,7 +36,7 @@ class Custom(go.Pass):
         self.function(edit)
 
 
-class ReluToSigmoid(go.RewriteRule):
+class ReluToSigmoid(RewriteRule):
     def pattern(self, op: Operators) -> Call:
         return op.relu(go.var("x"))
 
@@ -57,13 +59,13 @@ class Nothing(ReluToSigmoid):
 
 
 @dataclass(frozen=True)
-class Rewriting(go.RewritePass):
+class Rewriting(RewritePass):
     name = "rewriting"
     contract = go.lossy
 
     rule: Any = field(default_factory=ReluToSigmoid)
 
-    def active_rules(self) -> tuple[go.RewriteRule, ...]:
+    def active_rules(self) -> tuple[RewriteRule, ...]:
         return (self.rule,)
 
 
@@ -166,7 +168,7 @@ def test_a_node_made_behind_the_drivers_back_is_named() -> None:
 def test_dead_nodes_and_parameters_go() -> None:
     def cut(edit: go.Edit) -> None:
         (node,) = edit.nodes("linear")
-        edit.replace(node, node.args[0])  # type: ignore[arg-type]
+        edit.replace(node, node.args[0])
 
     result = Custom(cut)(captured(lambda x, layer: layer(x), X, layer=nn.Linear(4, 4)))
     assert operators(result) == []

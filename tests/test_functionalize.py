@@ -26,8 +26,8 @@ def relu_then_read(x: Tensor, conv: nn.Module) -> Tensor:
 
 
 def read_then_relu(x: Tensor, conv: nn.Module) -> Tensor:
-    y = conv(x)
-    z: Tensor = y + 1
+    y: Tensor = conv(x)
+    z = y + 1
     y.relu_()
     return z * y
 
@@ -105,7 +105,7 @@ def write_casts_to_the_old_type(x: Tensor, conv: nn.Module) -> Tensor:
 
 def inner_no_grad(x: Tensor, conv: nn.Module) -> Tensor:
     with torch.no_grad():
-        y = conv(x).square()
+        y: Tensor = conv(x).square()
     return y + x
 
 

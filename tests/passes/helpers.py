@@ -57,7 +57,8 @@ def operators(program: go.Program) -> list[str]:
 
 def rewrites(program: go.Program) -> int:
     """How many rewrites the last pass made."""
-    return program.history[-1].rewrites
+    count: int = program.history[-1].rewrites
+    return count
 
 
 def reasons(program: go.Program) -> list[str]:
