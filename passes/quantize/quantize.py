@@ -25,10 +25,14 @@ class Quantize(Pass):
 
     ``calibration`` is an iterable of input batches (32 to 128 images do); ``observer`` as in ``InsertFakeQuant``,
     ``weight_observer`` "minmax" or "mse"; ``exclude`` keeps layers in float (node names, module paths, globs,
-    operators). ``bias_correction`` reads the data a second time; on EfficientNet-Lite0 it halves the disagreement with
-    the float network on held-out photos (94.7 to 97.9 % agree). One record in the history counts all rewrites.
+    operators). ``bias_correction`` reads the data a second time. One record in the history counts all rewrites.
 
-    Raises QuantizeError without calibration data, for data that can be read only once, and for NaN or infinity in data or weights.
+    Agreement with float on 94 photos, 32 others to calibrate (EfficientNet-Lite0 / MobileNetV2; one photo is 1.1 %):
+    minmax 97.9 / 78.7 %, percentile 96.8 / 87.2 %, mse 96.8 / 84.0 %. The relative error of the logits tells them apart
+    better: 0.071 / 0.220, 0.077 / 0.157, 0.069 / 0.180. Without bias correction minmax has 94.7 % and 0.116 on Lite0.
+
+    Raises QuantizeError without calibration data, for data that can be read only once, and for NaN or infinity in data
+    or weights.
     """
 
     name: ClassVar[str] = "quantize"
@@ -36,12 +40,11 @@ class Quantize(Pass):
     runs_after: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
 
     calibration: Iterable[Any] | None = field(default=None, repr=False)
-    observer: str = "minmax"
+    observer: str = "mse"
     percentile: float = 99.99
     per_channel: bool = True
     weight_observer: str = "minmax"
     exclude: tuple[str, ...] = ()
-
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
