@@ -150,12 +150,12 @@ class FoldBatchNorm(RewritePass):
     """
 
     name = "fold-batch-norm"
-    contract = within(1e-5)
+    contract = within(1e-4)
 
     half: bool = False
 
     def promised(self) -> Contract:
-        return within(1e-2) if self.half else within(1e-5)
+        return within(1e-2) if self.half else within(1e-4)
 
     def active_rules(self) -> tuple[RewriteRule, ...]:
         return (BatchNormAfter(self.half), BatchNormBefore(self.half))
