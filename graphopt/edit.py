@@ -137,7 +137,10 @@ class Edit:
 
     def replace_argument(self, node: fx.Node, argument: str, value: Any) -> None:
         """Set one argument of a call, by its schema name. Counts one rewrite."""
-        node.update_arg(ops.position(node, argument), value)
+        index = ops.position(node, argument)
+        if index >= len(node.args):  # arguments left at their defaults are not in the call
+            node.args = (*node.args, *list(ops.bind(node).values())[len(node.args) : index + 1])
+        node.update_arg(index, value)
         self.rewrites += 1
 
     def set_tensor(self, node: fx.Node, tensor: torch.Tensor) -> None:

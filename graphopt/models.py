@@ -6,6 +6,7 @@ here keeps its history and batch range beside the graph, and ``read_program`` br
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -24,9 +25,11 @@ from graphopt.errors import CaptureError, InputError
 from graphopt.files import atomic_write
 from graphopt.frontend import capture
 from graphopt.program import Program, Record
+from graphopt.torchvision_import import torchvision_models
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 _NOTES = "graphopt.json"
+_WITH_TORCHVISION = ("torchvision", "timm", "pytorchcv")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def factory(reference: str) -> Callable[..., Any]:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
+        if module_name.partition(".")[0] in _WITH_TORCHVISION:
+            with contextlib.suppress(ImportError):
+                torchvision_models()
         value: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise InputError(

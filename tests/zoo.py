@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.torchvision_import import torchvision_models
 from tests.models import example, randomize
 
 Built = tuple[nn.Module, tuple[Tensor, ...]]
@@ -57,20 +56,6 @@ PYTORCHCV = {  # these end in a 7 x 7 average pool
     "resnet10": 224,
     "fdmobilenet_wd4": 224,
 }
-
-
-@functools.cache
-def torchvision_models() -> ModuleType:
-    """``torchvision.models``. The operators of its CUDA extension are declared first: its wheel asks for them at import."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT.append(library)
-    return importlib.import_module("torchvision.models")
-
-
-_KEPT: list[torch.library.Library] = []
 
 
 def build(library: str, name: str) -> Built:

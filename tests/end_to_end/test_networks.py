@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graphopt.torchvision_import import torchvision_models
 from tests.end_to_end.support import (
     RUNNABLE,
     assert_bit_equal,
@@ -15,7 +16,6 @@ from tests.end_to_end.support import (
     run,
 )
 from tests.models import example, randomize
-from tests.zoo import torchvision_models
 
 NETWORKS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
 
