@@ -24,6 +24,8 @@ setup: $(STAMPS)/setup ## a virtual environment in .venv with every pinned depen
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' \
 		|| { echo "graphopt needs Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null \
+		|| { echo "compiled models are linked with g++ or clang++; apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "python has no venv module; apt-get install python3-venv" >&2; exit 1; }
 
