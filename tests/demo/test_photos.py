@@ -24,7 +24,7 @@ def test_prepare_is_the_networks_own_scaling() -> None:
     assert flat.shape == (3, 224, 224)
     assert flat.dtype == np.float32
     assert flat.flags.c_contiguous
-    assert np.array_equal(flat[:, 0, 0], np.float32([0, 1, -127 / 128]))
+    assert np.array_equal(flat[:, 0, 0], np.array([0, 1, -127 / 128], np.float32))
     assert np.array_equal(flat, np.broadcast_to(flat[:, :1, :1], flat.shape))
 
 
