@@ -39,7 +39,7 @@ class CompileReport:
         }
 
 
-def compile(  # noqa: A001 - the public verb, used as graphopt.compile
+def compile(
     program: Program,
     target: str = "native",
     tune: str | None = None,

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 _ASKED_FOR = ("nms", "qnms")
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -22,5 +22,6 @@ def torchvision_models() -> ModuleType:
     """``torchvision.models``, imported so that a CPU build of torch will do."""
     for name in _ASKED_FOR:
         if not hasattr(torch.ops.torchvision, name):
-            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     return importlib.import_module("torchvision.models")

@@ -31,7 +31,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.bias.data.copy_(uniform(module.bias, -0.3, 0.3))
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.detach().any():
-            parameter.data.copy_(uniform(parameter, -0.1, 0.1))  # a head that starts at zero tells nothing
+            parameter.data.copy_(
+                uniform(parameter, -0.1, 0.1)
+            )  # a head that starts at zero tells nothing
     return model.eval()
 
 

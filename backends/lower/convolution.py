@@ -18,7 +18,7 @@ from graphopt.backends.cpu.conv import conv2d
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
-from graphopt.backends.lower.fusing import activation_of, later_residual, sole_user
+from graphopt.backends.lower.fusing import following_activation, later_residual, sole_user
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
@@ -63,8 +63,8 @@ class ConvolutionStep(Step):
         x: fx.Node,
         constants: Constants,
         window: Window,
+        epilogue: Epilogue,
         x_zero_point: int = 0,
-        epilogue: Epilogue = Epilogue(),
         residual: fx.Node | None = None,
     ) -> None:
         super().__init__(nodes, [x] if residual is None else [x, residual], nodes[-1])
@@ -129,7 +129,7 @@ class BatchNormStep(ConvolutionStep):
         x = arguments["input"]
         channels = int(value_of(x).shape[1])
         statistics = Constants(arguments["running_var"], arguments["running_mean"])
-        super().__init__(nodes, x, statistics, Window(groups=channels), epilogue=epilogue)
+        super().__init__(nodes, x, statistics, Window(groups=channels), epilogue)
         self._affine = arguments["weight"], arguments["bias"], float(arguments["eps"])
 
     def _arrays(
@@ -214,29 +214,23 @@ def _with_float_epilogue(
 ) -> ConvolutionStep:
     nodes, residual = [node], None
     add = sole_user(node)
-    if ops.is_op(add, "add") and ops.bind(add).get("alpha", 1) == 1:
+    if add is not None and ops.is_op(add, "add") and ops.bind(add)["alpha"] == 1:
         residual = later_residual(node, add)
         if residual is not None:
             nodes.append(add)
-    activation = activation_of(sole_user(nodes[-1]))
-    if activation is not None:
-        nodes.append(sole_user(nodes[-1]))
+    swallowed, activation = following_activation(nodes[-1])
     epilogue = Epilogue(float_residual=residual is not None, activation=activation)
-    return ConvolutionStep(nodes, x, constants, window, epilogue=epilogue, residual=residual)
+    nodes += swallowed
+    return ConvolutionStep(nodes, x, constants, window, epilogue, residual=residual)
 
 
 def _float_linear(node: fx.Node) -> Step | None:
     a = ops.bind(node)
     if not _is_constant(a["weight"], a["bias"]) or rank(node) < 2:
         return None
-    nodes = [node]
-    activation = activation_of(sole_user(node))
-    if activation is not None:
-        nodes.append(sole_user(node))
-    constants = Constants(a["weight"], a["bias"])
-    step = ConvolutionStep(
-        nodes, a["input"], constants, Window(), epilogue=Epilogue(activation=activation)
-    )
+    swallowed, activation = following_activation(node)
+    constants, epilogue = Constants(a["weight"], a["bias"]), Epilogue(activation=activation)
+    step = ConvolutionStep([node, *swallowed], a["input"], constants, Window(), epilogue)
     return _plain_rows(step)
 
 
@@ -253,9 +247,8 @@ def _batch_norm(node: fx.Node) -> Step | None:
     constant = _is_constant(a["weight"], a["bias"], a["running_mean"], a["running_var"])
     if rank(node) != 4 or a["training"] or a["running_mean"] is None or not constant:
         return None
-    activation = activation_of(sole_user(node))
-    nodes = [node] if activation is None else [node, sole_user(node)]
-    return BatchNormStep(nodes, Epilogue(activation=activation))
+    swallowed, activation = following_activation(node)
+    return BatchNormStep([node, *swallowed], Epilogue(activation=activation))
 
 
 def select_integer(node: fx.Node) -> Step | None:
@@ -278,11 +271,10 @@ def _with_integer_epilogue(node: fx.Node, a: dict[str, Any], window: Window) -> 
     constants = Constants(a["weight"], a["bias"], a["multiplier"])
     nodes, residual = [node], None
     if "y_zero_point" not in a:
-        activation = activation_of(sole_user(node))
-        if activation is not None:
-            nodes.append(sole_user(node))
+        swallowed, activation = following_activation(node)
+        nodes += swallowed
         epilogue = Epilogue(activation=activation)
-        return ConvolutionStep(nodes, a["x"], constants, window, a["x_zero_point"], epilogue)
+        return ConvolutionStep(nodes, a["x"], constants, window, epilogue, a["x_zero_point"])
     epilogue = Epilogue(requantize=Requantize(a["y_zero_point"], a["qmin"], a["qmax"]))
     add = sole_user(node)
     if add is not None and add.target == torch.ops.graphopt.add.default and rank(node) == 4:
@@ -290,7 +282,7 @@ def _with_integer_epilogue(node: fx.Node, a: dict[str, Any], window: Window) -> 
         if residual is not None:
             nodes.append(add)
             epilogue = replace(epilogue, residual_add=quantized_add(add, node))
-    return ConvolutionStep(nodes, a["x"], constants, window, a["x_zero_point"], epilogue, residual)
+    return ConvolutionStep(nodes, a["x"], constants, window, epilogue, a["x_zero_point"], residual)
 
 
 def quantized_add(add: fx.Node, first: fx.Node) -> QuantizedAdd:

@@ -25,7 +25,7 @@ from graphopt.backends.cpu.workload import (
     Requantize,
 )
 from graphopt.backends.lower.convolution import quantized_add
-from graphopt.backends.lower.fusing import activation_of, sole_user
+from graphopt.backends.lower.fusing import activation_of, following_activation
 from graphopt.backends.lower.step import Context, Kernel, Step, is_integer_op, rank, value_of
 
 
@@ -115,11 +115,8 @@ def select_integer(node: fx.Node) -> Step | None:
         requantize = Requantize(a["zero_point"], a["qmin"], a["qmax"])
         return ConvertStep([node], a["x"], scale=inverse, requantize=requantize)
     if node.target == namespace.dequantize.default:
-        nodes = [node]
-        activation = activation_of(sole_user(node))
-        if activation is not None:
-            nodes.append(sole_user(node))
-        zero_point = a["zero_point"]
+        swallowed, activation = following_activation(node)
+        nodes, zero_point = [node, *swallowed], a["zero_point"]
         fused = {} if activation is None else {"activation": activation}
         return ConvertStep(nodes, a["q"], scale=a["scale"], x_zero_point=zero_point, **fused)
     if node.target == namespace.requantize.default:
@@ -220,8 +217,8 @@ def _float_binary(node: fx.Node) -> Step | None:
         x, other = other, x
     same = _same_shapes(node, x, other)
     per_channel = _same_shapes(node, x) and _is_one_value_a_channel(node, other)
-    following = activation_of(sole_user(node))
-    nodes = [node] if following is None else [node, sole_user(node)]
+    swallowed, following = following_activation(node)
+    nodes = [node, *swallowed]
     if ops.is_op(node, "add") and same and a["alpha"] == 1:
         return AddStep(nodes, [x, other], None, following)
     if ops.is_op(node, "mul") and (same or per_channel):

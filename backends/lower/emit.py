@@ -29,18 +29,19 @@ from graphopt.backends.lower.step import (
 from graphopt.manifest import Kernel as KernelRow
 
 aten = torch.ops.aten
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
-_LIBRARY.define(
-    "call_kernel(Tensor[] tensors, str kernel, int[] shape, ScalarType dtype) -> Tensor"
-)
+_SCHEMA = "call_kernel(Tensor[] tensors, str kernel, int[] shape, ScalarType dtype) -> Tensor"
+_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
 _CONSTANT_NAMES = ("weight", "bias", "multiplier")
 
 
-@torch.library.register_fake("graphopt::call_kernel", lib=_LIBRARY)
-def _(
+def _result(
     tensors: list[torch.Tensor], kernel: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
     return tensors[0].new_empty((tensors[0].shape[0], *shape), dtype=dtype)
+
+
+torch.library.register_fake("graphopt::call_kernel", _result, lib=_LIBRARY)
 
 
 @dataclass

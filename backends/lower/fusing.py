@@ -11,6 +11,12 @@ from graphopt import ops
 from graphopt.backends.cpu.workload import Activation
 from graphopt.backends.lower.step import value_of
 
+_BOUND_NAMES = {
+    "hardtanh": ("min_val", "max_val"),
+    "clamp": ("min", "max"),
+    "clamp_min": ("min", ""),
+}
+
 
 def sole_user(node: fx.Node | None) -> fx.Node | None:
     """The one call that reads ``node``, or None where there are more, or it is an output."""
@@ -42,12 +48,16 @@ def activation_of(node: fx.Node | None) -> Activation | None:
     return None if bounds is None else Activation("clamp", *bounds)
 
 
+def following_activation(node: fx.Node) -> tuple[list[fx.Node], Activation | None]:
+    """The activation that alone reads ``node``, as the nodes to swallow and the epilogue's form."""
+    user = sole_user(node)
+    activation = activation_of(user)
+    return ([user], activation) if user is not None and activation is not None else ([], None)
+
+
 def _bounds(name: str, arguments: dict[str, Any]) -> tuple[float, float] | None:
-    low, high = {
-        "hardtanh": lambda: (arguments["min_val"], arguments["max_val"]),
-        "clamp": lambda: (arguments["min"], arguments["max"]),
-        "clamp_min": lambda: (arguments["min"], None),
-    }.get(name, lambda: (None, None))()
+    low_name, high_name = _BOUND_NAMES.get(name, ("", ""))
+    low, high = arguments.get(low_name), arguments.get(high_name)
     if not isinstance(low, int | float) and not isinstance(high, int | float):
         return None
     return (

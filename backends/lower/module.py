@@ -42,7 +42,8 @@ def export(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(lowered.module, inputs, dynamic_shapes=shapes, strict=False)
-        return exported.run_decompositions()
+        decomposed: ExportedProgram = exported.run_decompositions()
+        return decomposed
 
 
 def import_module(exported: ExportedProgram) -> tuple[tvm.IRModule, dict[str, Array]]:
@@ -118,7 +119,7 @@ def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
     """TVM's CPU pipeline, after which the kernels join the module."""
     default = relax.get_default_pipeline(target)
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
     def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         module = default(module)
         for name, function in functions.items():

@@ -121,9 +121,8 @@ def _wanted(plan: Plan) -> set[fx.Node]:
         for value in step.inputs:
             readers.setdefault(value, []).append(step)
     for node in reversed(plan.program.graph.nodes):
-        if any(_takes_physical(step, wanted) for step in readers.get(node, ())):
-            wanted.add(node)
-        elif any(user in wanted and _may_rename(user) for user in node.users):
+        taken = any(_takes_physical(step, wanted) for step in readers.get(node, ()))
+        if taken or any(user in wanted and _may_rename(user) for user in node.users):
             wanted.add(node)
     return wanted
 

@@ -28,7 +28,8 @@ def quantized(model: nn.Module, inputs: tuple[Tensor, ...], batches: int = 2) ->
 
 
 def compiled(program: go.Program, target: str = "native", threads: int = 1) -> Artifact:
-    return go.compile(program, target=target, threads=threads)
+    artifact: Artifact = go.compile(program, target=target, threads=threads)
+    return artifact
 
 
 def run(artifact: Artifact, inputs: tuple[Tensor, ...]) -> Arrays:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tvm.tirx.script.builder import ir as T
 
 import graphopt as go
 import graphopt.integer
 from graphopt.backends.cpu import emit, epilogue
+from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.lower import convolution
 from tests.end_to_end.support import assert_bit_equal, compiled, quantized, reference, run
 
@@ -62,16 +64,14 @@ def _half_away(monkeypatch: pytest.MonkeyPatch) -> None:
             emit.constant("float32", -0.5, lanes),
             emit.constant("float32", 0.5, lanes),
         )
-        return emit.T.cast(emit.bind(value + half), emit.vector("int32", lanes))
+        return T.cast(emit.bind(value + half), emit.vector("int32", lanes))
 
     monkeypatch.setattr(epilogue, "round_to_int", fault)
 
 
 def _no_zero_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = convolution.pack_conv2d
-
     def fault(workload: Any, *arguments: Any) -> Any:
-        return pack(dataclasses.replace(workload, x_zero_point=0), *arguments)
+        return pack_conv2d(dataclasses.replace(workload, x_zero_point=0), *arguments)
 
     monkeypatch.setattr(convolution, "pack_conv2d", fault)
 
@@ -82,17 +82,15 @@ def _saturating_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(isa: Any, *arguments: Any) -> Any:
         wide = emit.bind(dot(isa, *arguments))
         low, high = (emit.constant("int32", bound, isa.lanes) for bound in (-32768, 32767))
-        return emit.T.max(emit.T.min(wide, high), low)
+        return T.max(T.min(wide, high), low)
 
     monkeypatch.setattr(emit, "dot", fault)
 
 
 def _swapped_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = convolution.pack_conv2d
-
     def fault(workload: Any, isa: Any, weight: Any, *rest: Any) -> Any:
         swapped = weight.transpose(0, 1, 3, 2).reshape(weight.shape)
-        return pack(workload, isa, swapped, *rest)
+        return pack_conv2d(workload, isa, swapped, *rest)
 
     monkeypatch.setattr(convolution, "pack_conv2d", fault)
 

@@ -126,7 +126,9 @@ def reference(workload: Conv2d, data: Data) -> np.ndarray:
     epilogue = workload.epilogue
     if workload.x.dtype == "float32":
         return accumulator + data.residual if epilogue.float_residual else accumulator
-    value = accumulator.astype(np.int32).astype(np.float32) * data.multiplier[None, :, None, None]
+    value: np.ndarray = (
+        accumulator.astype(np.int32).astype(np.float32) * data.multiplier[None, :, None, None]
+    )
     if epilogue.requantize is None:
         return value
     q = round_and_clamp(value, epilogue.requantize)

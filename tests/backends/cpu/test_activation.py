@@ -11,12 +11,11 @@ from graphopt.backends.cpu.workload import ACTIVATIONS, Activation, Epilogue
 from tests.backends.cpu.conv_harness import (
     Data,
     conv_workload,
-    pack,
     random_data,
     reference,
     run_kernel,
 )
-from tests.backends.cpu.stream_harness import ROWS
+from tests.backends.cpu.stream_harness import ROWS, pack
 
 FUNCTIONS = {
     "relu": F.relu,
@@ -33,7 +32,8 @@ FUNCTIONS = {
 
 
 def activated(name: str, x: np.ndarray) -> np.ndarray:
-    return FUNCTIONS[name](torch.from_numpy(x.astype(np.float64))).numpy()
+    result: torch.Tensor = FUNCTIONS[name](torch.from_numpy(x.astype(np.float64)))
+    return result.numpy()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -153,7 +153,7 @@ def workloads(draw: st.DrawFn) -> Conv2d:
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-    size = tuple(
+    height, width = (
         draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 12))
         for d, k, p in zip(dilation, kernel, padding, strict=True)
     )
@@ -164,7 +164,7 @@ def workloads(draw: st.DrawFn) -> Conv2d:
         epilogue = draw(st.sampled_from([Epilogue(), Epilogue(float_residual=True)]))
     return conv_workload(
         channels,
-        size,
+        (height, width),
         kernel,
         draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
         padding,

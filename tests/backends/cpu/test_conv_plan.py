@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
@@ -33,7 +35,7 @@ def test_known_tiles() -> None:
 
 
 def test_pixels_that_share_an_l1_set_get_a_short_tile() -> None:
-    pointwise = {"kernel": (1, 1), "padding": (0, 0), "dtype": "float32"}
+    pointwise: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0), "dtype": "float32"}
     aliased = plan_conv2d(conv_workload((1024, 32), (28, 28), **pointwise), VNNI)
     clear = plan_conv2d(conv_workload((1040, 32), (28, 28), **pointwise), VNNI)
     assert aliased.pixels <= 7 < clear.pixels
