@@ -1,4 +1,6 @@
-"""The compiled model as one file: ``.gopt`` = zip(``manifest.json``, ``model.so``, ``weights.safetensors``).
+"""The compiled model as one file: ``.gopt`` = zip(``manifest.json``, ``model.so.zlib``, ``weights.safetensors``).
+
+The archive is stored; the library is deflated before it goes in (a third of its size), weights lie as they are used.
 
 Everything is checked before the code is mapped: that the archive is of the one form that graphopt
 writes (``graphopt.container``), the format version, the SHA-256 of every member, and by CPUID that this
@@ -12,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_MANIFEST, _LIBRARY, _WEIGHTS = "manifest.json", "model.so", "weights.safetensors"
+_MANIFEST, _LIBRARY, _WEIGHTS = "manifest.json", "model.so.zlib", "weights.safetensors"
 _HASHED = (_LIBRARY, _WEIGHTS)
+_LARGEST_LIBRARY = 1 << 30  # what a deflated member may grow to
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,8 @@ class Artifact:
     def members(self) -> dict[str, bytes]:
         """Return the members of the file by name; equal artifacts give equal bytes."""
         try:
-            body = {_LIBRARY: self.library, _WEIGHTS: weights_file.encode(self.weights)}
+            library = zlib.compress(self.library, level=9)
+            body = {_LIBRARY: library, _WEIGHTS: weights_file.encode(self.weights)}
         except weights_file.WeightsError as error:
             raise ArtifactError(f"{_WEIGHTS} cannot be written: {error}") from error
         hashes = {
@@ -148,6 +153,17 @@ def _check_hash(name: str, data: memoryview, recorded: Any) -> None:
         raise container.ContainerError(f"member {name!r} does not have the hash in the manifest")
 
 
+def _inflated(data: memoryview) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        library = stream.decompress(data, _LARGEST_LIBRARY)
+    except zlib.error as error:
+        raise container.ContainerError(f"member {_LIBRARY!r} is not deflated data") from error
+    if not stream.eof or stream.unused_data:
+        raise container.ContainerError(f"member {_LIBRARY!r} is cut off, too long or too large")
+    return library
+
+
 def _opened(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, memoryview]]:
     try:
         data = Path(path).read_bytes()
@@ -176,10 +192,13 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     manifest, members = _opened(path)
     check_cpu(manifest, str(path))
     try:
+        library = _inflated(members[_LIBRARY])
         weights = weights_file.decode(members[_WEIGHTS])
+    except container.ContainerError as error:
+        raise ArtifactError(f"{path} is refused: {error}") from error
     except weights_file.WeightsError as error:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS}: {error}") from error
     if tuple(weights) != manifest.weights:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS} holds not the manifest's weights")
     _LOG.debug("%s: %s, %d weights", path, manifest.target, len(weights))
-    return Artifact(manifest, bytes(members[_LIBRARY]), weights)
+    return Artifact(manifest, library, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import hashlib
 import json
 import os
 import stat
@@ -98,7 +99,7 @@ def test_two_saves_are_the_same_bytes_and_an_ordinary_zip(saved: Path, tmp_path:
     assert again.read_bytes() == saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         assert archive.testzip() is None
-        assert archive.namelist() == ["manifest.json", "model.so", "weights.safetensors"]
+        assert archive.namelist() == ["manifest.json", "model.so.zlib", "weights.safetensors"]
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
@@ -145,10 +146,10 @@ def test_appended_and_prepended_bytes_are_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("../model.so", "leads out of the archive by '..'"),
-        ("a/../../model.so", "leads out of the archive by '..'"),
+        ("../model.so.zlib", "leads out of the archive by '..'"),
+        ("a/../../model.so.zlib", "leads out of the archive by '..'"),
         ("/etc/passwd", "has an absolute path"),
-        ("C:model.so", "has an absolute path"),
+        ("C:model.so.zlib", "has an absolute path"),
         ("folder/", "is a directory"),
         ("extra.txt", "does not belong there"),
         ("model\u00e9.so", "has a name with characters other than printable ASCII"),
@@ -166,14 +167,14 @@ def test_a_doubled_a_linked_and_a_missing_member_are_refused(saved: Path) -> Non
         zipfile.ZipFile(saved, "a") as archive,
         pytest.warns(UserWarning, match="Duplicate name"),
     ):
-        archive.writestr("model.so", b"other code")
-    assert _refusal(saved) == "member 'model.so' is there twice"
+        archive.writestr("model.so.zlib", b"other code")
+    assert _refusal(saved) == "member 'model.so.zlib' is there twice"
 
     with zipfile.ZipFile(saved, "w") as archive:
-        link = zipfile.ZipInfo("model.so")
+        link = zipfile.ZipInfo("model.so.zlib")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/lib/libc.so.6")
-    assert _refusal(saved) == "member 'model.so' is a symbolic link"
+    assert _refusal(saved) == "member 'model.so.zlib' is a symbolic link"
 
     for name in members:
         _write(saved, {key: data for key, data in members.items() if key != name})
@@ -182,8 +183,8 @@ def test_a_doubled_a_linked_and_a_missing_member_are_refused(saved: Path) -> Non
 
 def test_a_compressed_member_is_refused_before_it_can_explode(saved: Path) -> None:
     with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model.so", bytes(10**8))
-    assert _refusal(saved) == "member 'model.so' is compressed"
+        archive.writestr("model.so.zlib", bytes(10**8))
+    assert _refusal(saved) == "member 'model.so.zlib' is compressed"
 
 
 def test_an_encrypted_and_an_oversized_member_are_refused(saved: Path) -> None:
@@ -219,11 +220,32 @@ def test_an_archive_of_right_members_in_other_zip_clothes_is_refused(saved: Path
 
 def test_a_member_of_another_hash_or_size_is_refused(saved: Path) -> None:
     members = _members(saved)
-    other = members["model.so"][:-1] + b"?"
-    _write(saved, {**members, "model.so": other})
-    assert _refusal(saved) == "member 'model.so' does not have the hash in the manifest"
-    _write(saved, {**members, "model.so": other + b"?"})
-    assert _refusal(saved) == "member 'model.so' is not of the size in the manifest"
+    other = members["model.so.zlib"][:-1] + b"?"
+    _write(saved, {**members, "model.so.zlib": other})
+    assert _refusal(saved) == "member 'model.so.zlib' does not have the hash in the manifest"
+    _write(saved, {**members, "model.so.zlib": other + b"?"})
+    assert _refusal(saved) == "member 'model.so.zlib' is not of the size in the manifest"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: b"\x00" + data[1:], "is not deflated data"),
+        (lambda data: data[:-5], "is cut off, too long or too large"),
+        (lambda data: data + b"more", "is cut off, too long or too large"),
+    ],
+)
+def test_a_library_that_does_not_inflate_is_refused(
+    saved: Path, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    members = _members(saved)
+    library = change(members["model.so.zlib"])
+    body = json.loads(members["manifest.json"])
+    entry = {"sha256": hashlib.sha256(library).hexdigest(), "size": len(library)}
+    body["members"]["model.so.zlib"] = entry
+    manifest = json.dumps(body).encode()
+    _write(saved, {**members, "manifest.json": manifest, "model.so.zlib": library})
+    assert _refusal(saved) == f"member 'model.so.zlib' {reason}"
 
 
 def test_another_format_version_is_refused_by_name(saved: Path) -> None:
