@@ -12,7 +12,25 @@ Names are imported when first used, so that ``go.load`` needs neither torch nor 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt import backends, bench, errors, ops, passes
+    from graphopt.artifact import Artifact
+    from graphopt.backends.integerize import integerize
+    from graphopt.bench import benchmark
+    from graphopt.compiler import CompileReport, compile
+    from graphopt.contract import Contract, exact, lossy, within
+    from graphopt.edit import Edit
+    from graphopt.errors import Decline, GraphoptError
+    from graphopt.frontend import capture
+    from graphopt.passing import Pass, RewritePass
+    from graphopt.pattern import const, var
+    from graphopt.pipeline import Pipeline
+    from graphopt.program import Program
+    from graphopt.registry import register
+    from graphopt.rule import RewriteRule
+    from graphopt.session import Session, load
 
 __version__ = "0.1.0"
 
@@ -43,7 +61,37 @@ _HOME = {
 }
 _MODULES = ("backends", "bench", "errors", "ops", "passes")
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+__all__ = [
+    "Artifact",
+    "CompileReport",
+    "Contract",
+    "Decline",
+    "Edit",
+    "GraphoptError",
+    "Pass",
+    "Pipeline",
+    "Program",
+    "RewritePass",
+    "RewriteRule",
+    "Session",
+    "__version__",
+    "backends",
+    "bench",
+    "benchmark",
+    "capture",
+    "compile",
+    "const",
+    "errors",
+    "exact",
+    "integerize",
+    "load",
+    "lossy",
+    "ops",
+    "passes",
+    "register",
+    "var",
+    "within",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -168,7 +168,7 @@ def test_a_node_made_behind_the_drivers_back_is_named() -> None:
 def test_dead_nodes_and_parameters_go() -> None:
     def cut(edit: go.Edit) -> None:
         (node,) = edit.nodes("linear")
-        edit.replace(node, node.args[0])
+        edit.replace(node, node.all_input_nodes[0])
 
     result = Custom(cut)(captured(lambda x, layer: layer(x), X, layer=nn.Linear(4, 4)))
     assert operators(result) == []

@@ -35,7 +35,7 @@ def test_two_reads_of_one_parameter_become_one() -> None:
     (multiply,) = go.Edit(program, "test").nodes("mul")
     with program.graph.inserting_before(program.inputs[0]):
         second = program.graph.get_attr("w")
-    second.meta = dict(multiply.args[1].meta)
+    second.meta = dict(multiply.all_input_nodes[1].meta)
     build = go.Edit(program, "test").build(program.output)
     product = build.mul(multiply, second)
     program.output.replace_input_with(multiply, product)

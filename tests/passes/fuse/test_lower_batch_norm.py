@@ -81,7 +81,7 @@ def test_unknown_form_is_refused() -> None:
         go.errors.PassError,
         match=r"^lower-batch-norm: form must be one of affine, depthwise, not 'x'$",
     ):
-        go.passes.LowerBatchNorm(form="x")
+        go.passes.LowerBatchNorm(form="x")  # type: ignore[arg-type]  # the mistake
 
 
 def test_must_run_after_folding() -> None:

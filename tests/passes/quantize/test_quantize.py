@@ -25,7 +25,9 @@ def test_folds_batch_norm_and_quantizes():
     quantized = go.passes.Quantize(calibration=data(program))(program)
     assert chain(quantized) == ["fq", "conv2d", "relu", "fq", "conv2d"]
     assert [record.name for record in quantized.history] == ["quantize"]
-    assert quantized.history[-1].error < 0.05  # int8 noise of two layers
+    error = quantized.history[-1].error
+    assert error is not None
+    assert error < 0.05  # int8 noise of two layers
 
 
 def test_a_second_run_rewrites_nothing():
