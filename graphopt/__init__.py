@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt import backends, bench, errors, ops, passes
-    from graphopt.artifact import Artifact
+    from graphopt.artifact import Artifact, load
     from graphopt.backends.integerize import integerize
     from graphopt.bench import benchmark
     from graphopt.compiler import CompileReport, compile
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from graphopt.program import Program
     from graphopt.registry import register
     from graphopt.rule import RewriteRule
-    from graphopt.session import Session, load
+    from graphopt.session import Session
 
 __version__ = "0.1.0"
 
@@ -53,7 +53,7 @@ _HOME = {
     "const": "graphopt.pattern",
     "exact": "graphopt.contract",
     "integerize": "graphopt.backends.integerize",
-    "load": "graphopt.session",
+    "load": "graphopt.artifact",
     "lossy": "graphopt.contract",
     "register": "graphopt.registry",
     "var": "graphopt.pattern",

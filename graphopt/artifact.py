@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +28,7 @@ from graphopt.cpu_features import architecture, cpu_features
 from graphopt.errors import ArtifactError, TargetError
 from graphopt.files import atomic_write, probe_writable
 from graphopt.manifest import Manifest
-
-if TYPE_CHECKING:
-    from graphopt.session import Session
+from graphopt.session import Session
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,8 +87,6 @@ class Artifact:
 
         Raises ``TargetError`` where this CPU lacks features the code uses.
         """
-        from graphopt.session import Session
-
         check_cpu(self.manifest, "the artifact")
         return Session(self, threads)
 
@@ -202,3 +198,13 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS} holds not the manifest's weights")
     _LOG.debug("%s: %s, %d weights", path, manifest.target, len(weights))
     return Artifact(manifest, library, weights)
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
+    """Load a ``.gopt`` file and return a session that runs it on ``threads`` threads.
+
+    The file is checked first: ``ArtifactError`` if it is damaged or of another
+    version, ``TargetError`` if this CPU cannot run it. **It holds native code**, and its hashes prove
+    only that it is whole: load what you would also execute.
+    """
+    return read_artifact(path).session(threads)

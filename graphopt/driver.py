@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import fx
 
 from graphopt import ops
-from graphopt.contract import difference
+from graphopt.contract import Contract, difference
 from graphopt.edit import Edit, sweep
 from graphopt.errors import ContractError, Decline, GraphoptError, PassError, VerifyError
 from graphopt.pattern import Operators, match
@@ -20,14 +20,23 @@ from graphopt.program import Program, Record
 from graphopt.rule import RewriteRule
 from graphopt.verify import check_same_interface, verify
 
-if TYPE_CHECKING:
-    from graphopt.passing import Pass
-
 log = logging.getLogger(__name__)
 _MOST_SWEEPS = 32
 
 
-def run(pass_: Pass, program: Program) -> Program:
+class Runnable(Protocol):
+    """What the driver needs of a pass; ``graphopt.passing.Pass`` is what authors subclass."""
+
+    name: ClassVar[str]
+
+    def apply(self, edit: Edit) -> None: ...
+
+    def promised(self) -> Contract: ...
+
+    def measured(self) -> bool: ...
+
+
+def run(pass_: Runnable, program: Program) -> Program:
     """``pass_`` applied to ``program``; see ``Pass.__call__``."""
     started = time.perf_counter()
     before = program.stats()
@@ -103,7 +112,7 @@ def _rewrite(edit: Edit, rule: RewriteRule, found: Any) -> bool:
     return True
 
 
-def _measure(pass_: Pass, before: Program, after: Program) -> float | None:
+def _measure(pass_: Runnable, before: Program, after: Program) -> float | None:
     """The largest relative difference on the example inputs; None for a program in training mode."""
     if _is_training(before) or _is_training(after):
         return None
@@ -131,7 +140,7 @@ def _is_training(program: Program) -> bool:
     return False
 
 
-def _options(pass_: Pass) -> dict[str, Any]:
+def _options(pass_: Any) -> dict[str, Any]:
     """The options as JSON holds them; data (tensors, loaders) by their type."""
     values = {f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}
     return {name: _plain(value) for name, value in values.items()}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt import driver
 from graphopt.contract import Contract
 from graphopt.edit import Edit
 from graphopt.program import Program
@@ -43,9 +44,7 @@ class Pass(ABC):
         Raises PassError where the pass fails, VerifyError where its result is not well formed and ContractError where
         the output moved by more than the contract allows; each names the pass.
         """
-        from graphopt.driver import run
-
-        return run(self, program)
+        return driver.run(self, program)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,4 @@ class RewritePass(Pass):
         return self.rules
 
     def apply(self, edit: Edit) -> None:
-        from graphopt.driver import apply_rules
-
-        apply_rules(edit, self.active_rules())
+        driver.apply_rules(edit, self.active_rules())

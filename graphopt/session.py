@@ -7,15 +7,13 @@ stack of machines that share the weights: a call takes one, or makes one (8 us),
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from graphopt.artifact import Artifact, read_artifact
 from graphopt.errors import ArtifactError, InputError
 from graphopt.manifest import Dim, Manifest, TensorSpec
 from graphopt.runtime import available_cpus, tvm_runtime, use_threads
@@ -143,6 +141,19 @@ class _Machine:
         return leaves
 
 
+class Compiled(Protocol):
+    """What a session runs; ``graphopt.artifact.Artifact`` is one."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def library(self) -> bytes: ...
+
+    @property
+    def weights(self) -> Mapping[str, Array]: ...
+
+
 class Session:
     """Call it with the model's inputs; it returns NumPy arrays in the structure of its outputs.
 
@@ -152,7 +163,7 @@ class Session:
     ``threads - 1`` helpers of TVM's pool.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Compiled, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"argument 'threads' is {threads}; it must be 1 or more")
         self.manifest = artifact.manifest
@@ -214,13 +225,3 @@ class Session:
         machine.module["set_instrument"](tvm_runtime().convert(instrument))
         leaves = machine.run(self._positional(inputs, {}))
         return _structured(self.manifest.output_structure, leaves)
-
-
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
-    """Load a ``.gopt`` file and return a session that runs it on ``threads`` threads.
-
-    The file is checked first (``graphopt.artifact``): ``ArtifactError`` if it is damaged or of another
-    version, ``TargetError`` if this CPU cannot run it. **It holds native code**, and its hashes prove
-    only that it is whole: load what you would also execute.
-    """
-    return read_artifact(path).session(threads)

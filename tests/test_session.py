@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.artifact import Artifact
+from graphopt.artifact import Artifact, load
 from graphopt.errors import ArtifactError, InputError
 from graphopt.manifest import Dim, TensorSpec
-from graphopt.session import Session, load
+from graphopt.session import Session
 from graphopt.weights_file import aligned_empty
 from tests import compiled
 
@@ -238,14 +238,14 @@ def refuse(self, name, *rest, **options):
     assert "tvm_compiler" not in str(name)
     real(self, name, *rest, **options)
 ctypes.CDLL.__init__ = refuse
-from graphopt.session import load
+from graphopt.artifact import load
 check(load(sys.argv[1]))
 assert not {"torch", "tvm"} & {name for name, module in sys.modules.items() if module}
 assert "tvm_compiler" not in open("/proc/self/maps").read()
 """
 
 _TORCH_STAYS_AWAY = """
-from graphopt.session import load
+from graphopt.artifact import load
 check(load(sys.argv[1]))
 assert not {"torch", "tvm"} & set(sys.modules)
 import torch
@@ -254,7 +254,7 @@ check(load(sys.argv[1]))
 """
 
 _COMPILER_AFTERWARDS = """
-from graphopt.session import load
+from graphopt.artifact import load
 first = load(sys.argv[1])
 check(first)
 import torch, tvm
@@ -270,12 +270,12 @@ check(load(sys.argv[1]))
 _COMPILER_BEFORE = """
 import tvm
 assert not tvm.base._RUNTIME_ONLY
-from graphopt.session import load
+from graphopt.artifact import load
 check(load(sys.argv[1]))
 """
 
 _THREADS = """
-from graphopt.session import load
+from graphopt.artifact import load
 def count():
     return len(os.listdir("/proc/self/task"))
 affinity = os.sched_getaffinity(0)

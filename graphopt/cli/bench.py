@@ -92,8 +92,8 @@ def command(
     """
     if against and not original:
         fail("--against needs --model: the float model that the peers run", code=2)
+    from graphopt.artifact import load
     from graphopt.bench import benchmark
-    from graphopt.session import load
 
     peers = [name.strip() for name in against.split(",")] if against else []
     if peers:

@@ -89,7 +89,7 @@ def command(
         from graphopt.artifact import check_writable
 
         check_writable(output)
-    from graphopt.session import load
+    from graphopt.artifact import load
 
     session = load(model, threads)
     normalization = Normalization(
