@@ -40,9 +40,7 @@ class Integerize(Pass):
         Lowering(edit, frozenset(self.keep_float)).run()
 
 
-def integerize(
-    program: Program, keep_float: Collection[str] = (), measure: bool = True
-) -> Program:
+def integerize(program: Program, keep_float: Collection[str] = (), measure: bool = True) -> Program:
     """``program`` at the integer level: it still runs in PyTorch, and every compiled kernel equals it bit for bit.
 
     ``keep_float`` names nodes that stay float; without ``measure`` the history record holds no error. Raises
