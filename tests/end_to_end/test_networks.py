@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graphopt.demo import network
 from graphopt.torchvision_import import torchvision_models
 from tests.end_to_end.support import (
     RUNNABLE,
@@ -17,10 +18,12 @@ from tests.end_to_end.support import (
 )
 from tests.models import example, randomize
 
-NETWORKS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
+NETWORKS = ("resnet18", "mobilenet_v2", "squeezenet1_1", "efficientnet_lite0")
 
 
 def _network(name: str) -> torch.nn.Module:
+    if name == "efficientnet_lite0":
+        return network.load()
     torch.manual_seed(0)
     return randomize(torchvision_models().get_model(name, weights=None))
 
