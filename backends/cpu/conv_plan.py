@@ -180,7 +180,7 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
     return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
 
 
-def _choose_tile(
+def choose_tile(
     isa: Isa, dtype: str, line: int, pitch: int, vectors: int, steps: int
 ) -> tuple[int, int]:
     """The register tile of least estimated time for a line of pixels ``pitch`` bytes apart and a group's vectors."""
@@ -226,7 +226,7 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
     steps = kh * wide * -(-span // step)
     pitch = workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     group_vectors = -(-out_channels // isa.lanes)
-    pixels, vectors = _choose_tile(isa, x.dtype, line, pitch, group_vectors, steps)
+    pixels, vectors = choose_tile(isa, x.dtype, line, pitch, group_vectors, steps)
     return ConvPlan(
         groups=groups,
         in_channels=in_channels,

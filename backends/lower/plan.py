@@ -15,7 +15,7 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.backends.cpu.workload import Layout
-from graphopt.backends.lower import convolution, elementwise
+from graphopt.backends.lower import attention, convolution, elementwise
 from graphopt.backends.lower.elementwise import AddStep, ConvertStep, MulStep
 from graphopt.backends.lower.step import (
     DTYPES,
@@ -33,6 +33,7 @@ SELECTORS: tuple[Callable[[fx.Node], Step | None], ...] = (
     elementwise.select_integer,
     elementwise.select_concat,
     elementwise.select_float,
+    attention.select,
 )
 _SAME_MEMORY = ("contiguous", "clone", "alias", "detach", "dropout")
 _RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
@@ -64,6 +65,7 @@ class Plan:
 
 def make_plan(program: Program) -> Plan:
     """Choose steps, then forms, then layouts."""
+    program = attention.spell_masks(program)
     plan = Plan(program)
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in plan.inside:
