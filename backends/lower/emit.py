@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphopt.backends.cpu.workload import Layout
+from graphopt.backends.lower import resize
 from graphopt.backends.lower.elementwise import relayout
 from graphopt.backends.lower.plan import Plan
 from graphopt.backends.lower.step import (
@@ -96,9 +97,21 @@ class _Emitter:
             source = self.plan.root(node.args[0])  # type: ignore[arg-type]
             if source in self.physical:
                 return self.graph.call_function(aten.sym_size.int, (self.physical[source], 0))
+        if resize.is_resize(node):
+            return self._resize(node)
         args = fx.map_arg(node.args, self._plain)
         kwargs = fx.map_arg(node.kwargs, self._plain)
         return self._call(node.target, args, kwargs, node.name)
+
+    def _resize(self, node: fx.Node) -> fx.Node:
+        indices: list[fx.Node] = []
+        weights: list[fx.Node | None] = []
+        for axis, (index, weight) in enumerate(resize.taps(node)):
+            indices.append(self._parameter(f"{node.name}_index_{axis}", index))
+            unit = bool((weight == 1).all())
+            weights.append(None if unit else self._parameter(f"{node.name}_weight_{axis}", weight))
+        x = self._plain(node.all_input_nodes[0])
+        return self._call(resize.weighted_rows, (x, indices, weights), None, node.name)
 
     def _call(self, target: Any, args: Any, kwargs: Any = None, name: str | None = None) -> fx.Node:
         return self.graph.create_node("call_function", target, tuple(args), kwargs or {}, name)

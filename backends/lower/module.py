@@ -24,6 +24,8 @@ from torch.export.graph_signature import InputKind
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from graphopt.backends.lower import decompositions
+from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
 from graphopt.errors import CompileError
 
@@ -42,7 +44,7 @@ def export(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(lowered.module, inputs, dynamic_shapes=shapes, strict=False)
-        decomposed: ExportedProgram = exported.run_decompositions()
+        decomposed: ExportedProgram = exported.run_decompositions(decompositions.table())
         return decomposed
 
 
@@ -51,16 +53,74 @@ def import_module(exported: ExportedProgram) -> tuple[tvm.IRModule, dict[str, Ar
 
     Raises CompileError naming an operator that neither graphopt nor TVM can lower, and the layer it is in.
     """
-    _check_supported(exported)
+    importer = _Importer()
+    _check_supported(exported, importer)
+    custom = {"call_kernel.default": _convert_kernel_call, **CONVERTERS}
     try:
-        module = ExportedProgramImporter().from_exported_program(
-            exported, True, False, False, {"call_kernel.default": _convert_kernel_call}
-        )
+        module = importer.from_exported_program(exported, True, False, False, custom)
+    except CompileError:
+        raise
     except Exception as error:
         raise CompileError(
-            f"TVM cannot import the network: {type(error).__name__}: {error}"
+            f"TVM cannot import the network: {type(error).__name__}: {_last_line(error)}"
         ) from error
     return _weights_last(module, exported)
+
+
+class _Importer(ExportedProgramImporter):  # type: ignore[misc]  # TVM has no types
+    """TVM's importer, which names the operator it fails at, and whose every result has the shape PyTorch says."""
+
+    def create_convert_map(self) -> dict[str, Any]:
+        converters = super().create_convert_map()
+        return {name: self._checked(convert) for name, convert in converters.items()}
+
+    def update_convert_map(self, custom: dict[str, Any]) -> None:
+        super().update_convert_map(
+            {name: self._checked(convert) for name, convert in custom.items()}
+        )
+
+    def _checked(self, convert: Any) -> Any:
+        def run(node: fx.Node, *rest: Any) -> Any:
+            try:
+                result = convert(node, *rest)
+            except Exception as error:
+                raise _unsupported(node, f"TVM cannot import it ({_last_line(error)})") from error
+            difference = _difference(node.meta.get("val"), result)
+            if difference:
+                raise _unsupported(node, f"TVM gives {difference}")
+            return result
+
+        return run
+
+
+def _difference(value: Any, result: Any) -> str | None:
+    """What the type of a Relax value has that PyTorch's has not."""
+    if not isinstance(value, torch.Tensor) or not isinstance(result, relax.Expr):
+        return None
+    have, want = result.ty, str(value.dtype).removeprefix("torch.")
+    if not isinstance(have, relax.TensorType):
+        return None
+    if str(have.dtype).replace("T.", "") != want:
+        return f"{have.dtype} for {want}"
+    if have.shape is None:
+        return None
+    pairs = list(zip(have.shape, value.shape, strict=False))
+    static = [(int(a), b) for a, b in pairs if isinstance(b, int) and hasattr(a, "value")]
+    if len(have.shape) != value.dim() or any(a != b for a, b in static):
+        return f"the shape {list(have.shape)} for {list(value.shape)}"
+    return None
+
+
+def _unsupported(node: fx.Node, reason: str) -> CompileError:
+    return CompileError(
+        f"operator {node.target} of node {_origin(node)!r} cannot be lowered: {reason}; "
+        "replace it in the model by supported operators"
+    )
+
+
+def _last_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
 
 
 def _convert_kernel_call(node: fx.Node, importer: Any) -> Any:
@@ -71,14 +131,11 @@ def _convert_kernel_call(node: fx.Node, importer: Any) -> Any:
     return importer.block_builder.emit(relax.call_dps_packed(name, tensors, result))
 
 
-def _check_supported(exported: ExportedProgram) -> None:
-    known = set(ExportedProgramImporter().create_convert_map()) | {"call_kernel.default"}
+def _check_supported(exported: ExportedProgram, importer: _Importer) -> None:
+    known = {*importer.create_convert_map(), *CONVERTERS, "call_kernel.default"}
     for node in exported.graph.nodes:
         if node.op == "call_function" and node.target.__name__ not in known:
-            raise CompileError(
-                f"operator {node.target} of node {_origin(node)!r} cannot be lowered: neither graphopt nor TVM "
-                "has a form of it; replace it in the model by supported operators"
-            )
+            raise _unsupported(node, "neither graphopt nor TVM has a form of it")
 
 
 def _origin(node: fx.Node) -> str:
@@ -137,7 +194,7 @@ def build_library(
         with tvm.transform.PassContext(opt_level=3):
             executable = tvm.compile(module, target, relax_pipeline=_pipeline(target, functions))
     except Exception as error:
-        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        last = _last_line(error)
         chip = target.attrs.get("mcpu", target)
         raise CompileError(f"TVM cannot compile the network for {chip}: {last}") from error
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
