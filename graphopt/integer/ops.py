@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from graphopt.integer.convolution import conv2d, conv2d_dequantize, linear, linear_dequantize
 from graphopt.integer.elementwise import add, dequantize, quantize, requantize
-from graphopt.integer.pooling import avg_pool2d, global_avg_pool, max_pool2d
+from graphopt.integer.pooling import (
+    avg_pool2d,
+    global_avg_pool,
+    global_avg_pool_dequantize,
+    max_pool2d,
+)
 
 __all__ = [
     "add",
@@ -18,6 +23,7 @@ __all__ = [
     "conv2d_dequantize",
     "dequantize",
     "global_avg_pool",
+    "global_avg_pool_dequantize",
     "linear",
     "linear_dequantize",
     "max_pool2d",

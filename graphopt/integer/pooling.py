@@ -1,4 +1,4 @@
-"""``graphopt::max_pool2d``, ``avg_pool2d`` and ``global_avg_pool``: windows and counts are torch's own."""
+"""``graphopt::max_pool2d``, ``avg_pool2d``, ``global_avg_pool``: windows and counts are torch's own."""
 
 from __future__ import annotations
 
@@ -170,6 +170,29 @@ def avg_pool2d(
     return arithmetic.rescale(total.to(torch.int32), factor, y_zero_point, qmin, qmax)
 
 
+def _pooled_shape(
+    op: str, q: Tensor, multiplier: float, x_zero_point: int, keepdim: bool
+) -> tuple[Any, ...]:
+    library.check_quantized(op, "q", q, x_zero_point)
+    library.check_multiplier(op, multiplier)
+    library.require(q.dim() == 4, op, "q", f"[N, C, H, W], not of rank {q.dim()}")
+    area = q.shape[2] * q.shape[3]
+    largest = arithmetic.INT32_MAX // arithmetic.ACTIVATION_MAX
+    library.require(0 < area <= largest, op, "the map", f"of 1 to {largest} elements")
+    return (*q.shape[:2], 1, 1) if keepdim else tuple(q.shape[:2])
+
+
+def _total(q: Tensor, x_zero_point: int, keepdim: bool) -> Tensor:
+    """``sum (q - x_zp)`` over height and width, exact in int32."""
+    return arithmetic.centre(q, x_zero_point).sum((2, 3), keepdim=keepdim, dtype=torch.int32)
+
+
+def _factor(q: Tensor, multiplier: float) -> Tensor:
+    """``float32(float64(multiplier) / (H * W))``."""
+    factor = torch.tensor(multiplier / (q.shape[2] * q.shape[3]), dtype=torch.float64)
+    return factor.to(device=q.device, dtype=torch.float32)
+
+
 def _fake_global_avg_pool(
     q: Tensor,
     multiplier: float,
@@ -180,13 +203,7 @@ def _fake_global_avg_pool(
     keepdim: bool,
 ) -> Tensor:
     op = "global_avg_pool"
-    library.check_quantized(op, "q", q, x_zero_point)
-    library.check_multiplier(op, multiplier)
-    library.require(q.dim() == 4, op, "q", f"[N, C, H, W], not of rank {q.dim()}")
-    area = q.shape[2] * q.shape[3]
-    largest = arithmetic.INT32_MAX // arithmetic.ACTIVATION_MAX
-    library.require(0 < area <= largest, op, "the map", f"of 1 to {largest} elements")
-    shape = (*q.shape[:2], 1, 1) if keepdim else q.shape[:2]
+    shape = _pooled_shape(op, q, multiplier, x_zero_point, keepdim)
     return q.new_empty(shape, dtype=library.output_dtype(op, y_zero_point, qmin, qmax))
 
 
@@ -206,8 +223,24 @@ def global_avg_pool(
 ) -> Tensor:
     """``y_zp + rint(clamp(float32(sum (q - x_zp)) * float32(multiplier / (H * W)), qmin - y_zp, qmax - y_zp))``."""
     _fake_global_avg_pool(q, multiplier, x_zero_point, y_zero_point, qmin, qmax, keepdim)
-    total = arithmetic.centre(q, x_zero_point).sum((2, 3), keepdim=keepdim, dtype=torch.int32)
-    factor = torch.tensor(multiplier / (q.shape[2] * q.shape[3]), dtype=torch.float64)
-    return arithmetic.rescale(
-        total, factor.to(device=q.device, dtype=torch.float32), y_zero_point, qmin, qmax
-    )
+    total = _total(q, x_zero_point, keepdim)
+    return arithmetic.rescale(total, _factor(q, multiplier), y_zero_point, qmin, qmax)
+
+
+def _fake_global_avg_pool_dequantize(
+    q: Tensor, multiplier: float, x_zero_point: int, keepdim: bool
+) -> Tensor:
+    shape = _pooled_shape("global_avg_pool_dequantize", q, multiplier, x_zero_point, keepdim)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+@library.register(
+    "global_avg_pool_dequantize(Tensor q, float multiplier, int x_zero_point, bool keepdim) -> Tensor",
+    _fake_global_avg_pool_dequantize,
+)
+def global_avg_pool_dequantize(
+    q: Tensor, multiplier: float, x_zero_point: int, keepdim: bool
+) -> Tensor:
+    """``float32(sum (q - x_zp)) * float32(multiplier / (H * W))``: the mean in float, ``multiplier`` q's scale."""
+    _fake_global_avg_pool_dequantize(q, multiplier, x_zero_point, keepdim)
+    return _total(q, x_zero_point, keepdim).to(torch.float32) * _factor(q, multiplier)

@@ -27,6 +27,7 @@ CALLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "conv2d_dequantize": lambda q: graphopt.conv2d_dequantize(q, *CONV),
     "dequantize": lambda q: graphopt.dequantize(q, 0.1, 128),
     "global_avg_pool": lambda q: graphopt.global_avg_pool(q, 1.5, 128, 100, 0, 255, True),
+    "global_avg_pool_dequantize": lambda q: graphopt.global_avg_pool_dequantize(q, 1.5, 128, False),
     "linear": lambda q: graphopt.linear(
         q.permute(0, 2, 3, 1), SQUARE, BIAS, MULTIPLIER, 128, 100, 0, 255
     ),

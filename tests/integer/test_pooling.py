@@ -97,6 +97,62 @@ def test_global_avg_pool_is_one_float32_product_of_the_sum(
     assert numpy.array_equal(y.numpy(), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([torch.uint8, torch.int8]),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 127),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_global_avg_pool_dequantize_is_the_sum_times_one_float32_factor(
+    dtype: torch.dtype, height: int, width: int, zero: int, keepdim: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    least = torch.iinfo(dtype).min
+    q = torch.randint(least, least + 256, (2, 5, height, width), generator=generator).to(dtype)
+    scale = float(numpy.float32(0.0173))
+    y = graphopt.global_avg_pool_dequantize(q, scale, zero, keepdim)
+    total = (q.numpy().astype(numpy.int64) - zero).sum((2, 3), keepdims=keepdim)
+    factor = numpy.float32(numpy.float64(scale) / (height * width))
+    assert y.dtype == torch.float32
+    assert y.shape == total.shape
+    assert numpy.array_equal(y.numpy(), total.astype(numpy.float32) * factor)
+    # Two roundings of half a ulp each, beside the exact mean of the real values.
+    exact = total.astype(numpy.float64) * scale / (height * width)
+    assert (numpy.abs(y.numpy() - exact) <= 2**-23 * numpy.abs(exact) * 1.01).all()
+
+
+def test_a_global_sum_beyond_24_bits_is_rounded_once() -> None:
+    """300 x 300 elements sum to more than 2**24, where float32 partial sums would round every step."""
+    q = torch.full((1, 1, 300, 300), 255, dtype=torch.uint8)
+    q[0, 0, ::2] = 254
+    total = 255 * 45000 + 254 * 45000
+    assert total > 2**24
+    y = graphopt.global_avg_pool_dequantize(q, 1.0, 0, False)
+    assert y.item() == numpy.float32(total) * numpy.float32(1 / 90000)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("q must be [N, C, H, W], not of rank 3", (torch.zeros(1, 4, 4), 1.0, 0)),
+        ("q must be uint8 or int8, not torch.float32", (torch.zeros(1, 1, 4, 4), 1.0, 0)),
+        ("q's zero point must be within 0..255 of q, not -1", (torch.zeros(1, 1, 4, 4), 1.0, -1)),
+        ("the map must be of 1 to 8421504 elements", (torch.zeros(1, 1, 0, 4), 1.0, 0)),
+    ],
+)
+def test_a_global_average_in_float_names_what_does_not_fit(
+    message: str, arguments: tuple[torch.Tensor, float, int]
+) -> None:
+    q, multiplier, zero_point = arguments
+    q = q if "float32" in message else q.to(torch.uint8)
+    with pytest.raises(IntegerizeError) as caught:
+        graphopt.global_avg_pool_dequantize(q, multiplier, zero_point, True)
+    assert str(caught.value) == f"graphopt::global_avg_pool_dequantize: {message}"
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     q = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
     for message, call in (
