@@ -19,10 +19,11 @@ _LEAST = -87.3  # e**x is a denormal or zero below
 
 
 def exponential(x: Expr, lanes: int) -> Expr:
-    """``e**x`` for x <= 0: 0 below -87.3 and for -inf, NaN for NaN and inf."""
+    """``e**x`` for x <= 0: 0 below -87.3 and for -inf, NaN for NaN."""
     x = bind(x)
-    below = x < constant("float32", _LEAST, lanes)
-    return select(below, constant("float32", 0.0, lanes), exp(x, lanes) + (x - x))
+    zero = constant("float32", 0.0, lanes)
+    power = select(x <= zero, exp(x, lanes), x)
+    return select(x < constant("float32", _LEAST, lanes), zero, power)
 
 
 def softmax(workload: Softmax, isa: Isa, threads: int) -> PrimFunc:
