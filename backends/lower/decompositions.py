@@ -201,7 +201,9 @@ def _avg_pool3d(
     """TVM drops ``divisor_override``."""
     if divisor is None:
         return NotImplemented
-    mean = aten.avg_pool3d.default(x, kernel, stride, padding, ceil_mode, True)
+    maps = x if x.dim() == 5 else x.unsqueeze(0)
+    mean = aten.avg_pool3d.default(maps, kernel, stride, padding, ceil_mode, True)
+    mean = mean if x.dim() == 5 else mean.squeeze(0)
     size = math.prod(kernel) if len(kernel) == 3 else kernel[0] ** 3
     return mean * (size / divisor)
 
