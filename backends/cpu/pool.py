@@ -120,7 +120,7 @@ def _maximum(workload: Pool2d, bits: int) -> _Reduction:
 def _average(workload: Pool2d, bits: int, multipliers: Buffer) -> _Reduction:
     source, target = workload.x.dtype, workload.y.dtype
     rounding = workload.requantize
-    if rounding is None:
+    if source == "float32":
 
         def divide(total: Expr, rows: _Span, columns: _Span, lanes: int) -> Expr:
             count = workload.divisor_override or rows.counted * columns.counted
@@ -134,12 +134,14 @@ def _average(workload: Pool2d, bits: int, multipliers: Buffer) -> _Reduction:
     narrow = workload.kernel[0] * workload.kernel[1] <= EXACT_IN_16_BITS
     dtype = ("uint16" if source == "uint8" else "int16") if narrow else "int32"
 
-    def requantize(total: Expr, rows: _Span, columns: _Span, lanes: int) -> Expr:
+    def rescale(total: Expr, rows: _Span, columns: _Span, lanes: int) -> Expr:
         taps = (rows.stop - rows.first) * (columns.stop - columns.first)
         offset = tirx.Cast("int32", taps * workload.x_zero_point)
         multiplier = multipliers[rows.counted * columns.counted]
         centred = T.cast(total, vector("int32", lanes)) - broadcast(offset, lanes)
         scaled = to_float(centred, lanes) * broadcast(multiplier, lanes)
+        if rounding is None:
+            return scaled
         q = round_and_clamp(rounding, bind(scaled), lanes)
         return T.cast(q, vector(target, lanes))
 
@@ -148,7 +150,7 @@ def _average(workload: Pool2d, bits: int, multipliers: Buffer) -> _Reduction:
         0,
         bits // (16 if narrow else 32),
         lambda a, b, lanes: a + T.cast(b, vector(dtype, lanes)),
-        requantize,
+        rescale,
     )
 
 
@@ -176,8 +178,11 @@ def _check(workload: Pool2d) -> None:
         return
     if workload.dilation != (1, 1):
         raise CompileError("average pooling has no dilation; leave it (1, 1).")
-    if workload.x.dtype != "float32" and workload.requantize is None:
+    rounds = workload.x.dtype != "float32" and workload.y.dtype != "float32"
+    if rounds and workload.requantize is None:
         raise CompileError("integer average pooling must round; set requantize on the workload.")
+    if not rounds and workload.requantize is not None:
+        raise CompileError("an average to or from float32 is not rounded; leave requantize None.")
 
 
 def pool2d(workload: Pool2d, isa: Isa, threads: int) -> PrimFunc:

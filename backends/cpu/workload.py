@@ -118,7 +118,8 @@ class Epilogue:
 
     Integer accumulators, ``requantize`` set: ``q = requantize(acc + bias)``, then ``q = add(q, residual)`` where
     ``residual_add`` is set (the layer's own q is operand a, the residual tensor operand b).
-    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, then ``activation``; float32 out.
+    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, then ``v = v + residual`` where
+    ``float_residual`` (rounded once or twice), then ``activation``; float32 out.
     Float accumulators: ``v = acc + bias``, ``v = v + residual`` where ``float_residual``, then ``activation``.
     """
 
@@ -162,8 +163,8 @@ class Pool2d:
 
     ``kind`` is "max" or "average". The padding never takes part in a maximum. Integer average:
     ``q = zero_point + rint(clamp(float32(sum(x - x_zero_point)) * multiplier[count], ...))`` with ``multipliers`` a
-    float32 table indexed by the number of elements that count (``kernel[0] * kernel[1] + 1`` entries). Float average:
-    ``sum(x) / count``. ``count_include_pad`` counts the padded positions (torch's meaning), ``divisor_override``
+    float32 table indexed by the number of elements that count (``kernel[0] * kernel[1] + 1`` entries); to a float32 y
+    (``requantize`` None) the product itself. Float average: ``sum(x) / count``. ``count_include_pad`` counts the padded positions (torch's meaning), ``divisor_override``
     replaces the count when not 0. A global pool is a window as large as the map.
     """
 

@@ -91,8 +91,8 @@ class Emitter:
         call = pools.maximum(node)
         return self.build(place).call(call.target, x, *call.arguments)
 
-    def average(self, node: fx.Node, x: Quantized, y: QParams, place: Place) -> fx.Node:
-        """``graphopt::avg_pool2d`` or ``global_avg_pool``; declines other windows."""
+    def average(self, node: fx.Node, x: Quantized, y: QParams | None, place: Place) -> fx.Node:
+        """``graphopt::avg_pool2d`` or ``global_avg_pool``, as float without ``y``; declines as ``pools.average``."""
         call = pools.average(node, x.qparams, y)
         return self.build(place).call(call.target, x.node, *call.arguments)
 

@@ -25,6 +25,7 @@ from graphopt.integer.arithmetic import QParams
 
 aten = torch.ops.aten
 
+_ENDS = (*layers.NAMES, *pools.AVERAGES)  # their results can be read as floats
 _MERGED = ("add", "concat")
 _QUANTIZABLE = (*layers.NAMES, "pad")  # beside those that the op table says so of
 _NOT_LAYERS = ("shape", "fake_quantize", "dropout")
@@ -43,13 +44,13 @@ class Lowering:
         self._reasons: dict[fx.Node, str] = {}
 
     def run(self) -> None:
-        """Build integer twins front to back, then the layers that end in float, then the borders."""
+        """Build integer twins front to back, then the layers and averages that end in float, then the borders."""
         copies.hoist_sizes(self._edit.graph)
         self._merge_equal_quantizers()
         for node in self._edit.nodes():
             self._visit(node)
         for node in self._live_nodes():
-            if ops.is_op(node, *layers.NAMES):
+            if ops.is_op(node, *_ENDS):
                 self._end_in_float(node)
         self._record_declines()
         for node in self._edit.nodes():
@@ -229,13 +230,18 @@ class Lowering:
         return [node for node in self._edit.graph.nodes if node in live]
 
     def _end_in_float(self, node: fx.Node) -> None:
-        """A layer whose result stays float: integer accumulation, then one product."""
-        if self._is_kept(node):
+        """A layer or average whose result stays float: integer accumulation, then one product."""
+        if self._is_kept(node) or node in self._quantized:
             return
+        place = Place(node, (node,))
         try:
-            self._edit.replace(node, self._layer(node, None, Place(node, (node,))))
+            if ops.is_op(node, *layers.NAMES):
+                new = self._layer(node, None, place)
+            else:
+                new = self._emit.average(node, self._input(ops.activations(node)[0]), None, place)
+            self._edit.replace(node, new)
         except Decline as reason:
-            self._reasons[node] = str(reason)
+            self._reasons.setdefault(node, str(reason))
 
     def _put_border(self, node: fx.Node) -> None:
         """Float readers of a quantized value read its dequantized twin, those of a fake-quantized constant a constant."""

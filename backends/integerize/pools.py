@@ -16,6 +16,7 @@ from graphopt.integer.arithmetic import QParams
 integer_ops = torch.ops.graphopt
 
 AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d", "mean")
+_UNQUANTIZED = "its result is not fake-quantized"
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,19 @@ def maximum(node: fx.Node) -> Call:
     return Call(integer_ops.max_pool2d.default, (*windows, arguments["ceil_mode"]))
 
 
-def average(node: fx.Node, x: QParams, y: QParams) -> Call:
+def average(node: fx.Node, x: QParams, y: QParams | None) -> Call:
     """Average pools and means over the map; the multiplier is ``s_x / s_y``, still to be divided by the count.
 
-    Declines an adaptive pool whose windows differ in size, and a mean over anything but height and width.
+    Without ``y`` the result stays float: the multiplier is ``s_x``, and the average must be over the whole map. Declines
+    an adaptive pool whose windows differ in size, and a mean over anything but height and width.
     """
     _check_batched(node)
     arguments = ops.bind(node)
+    if y is None:
+        return _in_float(node, x)
     ending = (x.scale / y.scale, x.zero_point, y.zero_point, y.qmin, y.qmax)
     if ops.is_op(node, "mean"):
-        if sorted(dim % 4 for dim in arguments["dim"] or ()) != [2, 3]:
-            raise Decline("only a mean over height and width has an integer form")
+        _check_spatial(node)
         return Call(integer_ops.global_avg_pool.default, (*ending, arguments["keepdim"]))
     if ops.is_op(node, "adaptive_avg_pool2d"):
         return _adaptive(node, ending)
@@ -64,6 +67,16 @@ def average(node: fx.Node, x: QParams, y: QParams) -> Call:
         arguments["divisor_override"] or 0,
     )
     return Call(integer_ops.avg_pool2d.default, (*windows, *ending))
+
+
+def _in_float(node: fx.Node, x: QParams) -> Call:
+    arguments = ops.bind(node)
+    if ops.is_op(node, "mean"):
+        _check_spatial(node)
+    elif not ops.is_op(node, "adaptive_avg_pool2d") or list(arguments["output_size"]) != [1, 1]:
+        raise Decline(_UNQUANTIZED)
+    ending = (x.scale, x.zero_point, arguments.get("keepdim", True))
+    return Call(integer_ops.global_avg_pool_dequantize.default, ending)
 
 
 def _adaptive(node: fx.Node, ending: tuple[Any, ...]) -> Call:
@@ -81,6 +94,11 @@ def _adaptive(node: fx.Node, ending: tuple[Any, ...]) -> Call:
 def is_batched(node: fx.Node) -> bool:
     """True where a pool's input is ``[N, C, H, W]``."""
     return bool(ops.bind(node)["self"].meta["val"].dim() == 4)
+
+
+def _check_spatial(node: fx.Node) -> None:
+    if sorted(dim % 4 for dim in ops.bind(node)["dim"] or ()) != [2, 3]:
+        raise Decline("only a mean over height and width has an integer form")
 
 
 def _check_batched(node: fx.Node) -> None:

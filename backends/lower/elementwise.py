@@ -154,6 +154,8 @@ def _integer_pool(node: fx.Node, a: dict[str, Any]) -> Step | None:
     if node.target == namespace.global_avg_pool.default:
         requantize = Requantize(a["y_zero_point"], a["qmin"], a["qmax"])
         return _global_pool(node, a["q"], a["multiplier"], a["x_zero_point"], requantize)
+    if node.target == namespace.global_avg_pool_dequantize.default:
+        return _global_pool(node, a["q"], a["multiplier"], a["x_zero_point"])
     return None
 
 

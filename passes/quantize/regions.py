@@ -2,7 +2,9 @@
 
 Two conditions settle who joins, found as the greatest fixed point. *Supported*: every input is made by an integer
 operator or is quantized anyway. *Demanded*: an integer operator reads the result. So a pooling or an add between float
-operators stays float, and so does whatever stands between the last layer and the output.
+operators stays float, and so does whatever stands between the last layer and the output. One operator needs no demand:
+an average over the whole map ends a region, its integer sum read as floats, where an integer operator makes the map and
+no float operator needs the map itself.
 """
 
 from __future__ import annotations
@@ -142,14 +144,31 @@ class Regions:
 
     def _holds(self, node: fx.Node) -> bool:
         output = self.output(node)
-        if not any(True for _ in self.readers(output)):
-            return False
+        if not self._is_demanded(node):
+            return self._ends(node)
         inputs = self.inputs(node)
         if any(v not in self.active for v in inputs if not isinstance(v.meta["val"], torch.Tensor)):
             return False
         if all(self._is_supported(v) for v in inputs):
             return True
         return self.moves(node) and all(user in self.active for user in output.users)
+
+    def _is_demanded(self, node: fx.Node) -> bool:
+        return any(True for _ in self.readers(self.output(node)))
+
+    def _ends(self, node: fx.Node) -> bool:
+        """True for an average over the whole map whose map is quantized anyway, or read by averages alone.
+
+        A squeeze-and-excite gate's map is neither: its float product would read it with 8-bit noise, after one more pass.
+        """
+        if not _is_global_average(node) or self.moves(node):
+            return False
+        (value,) = self.inputs(node)
+        if not self.is_integer(value):
+            return False
+        others = [user for user in value.users if not _is_global_average(user)]
+        read = set(self.readers(value))
+        return not others or any(user in read for user in others)
 
     def _is_supported(self, value: fx.Node) -> bool:
         if self.is_integer(value) or is_fake_quantize(value):
@@ -193,6 +212,12 @@ def _is_whole(node: fx.Node) -> bool:
         return False
     arguments = ops.bind(node)
     return list(arguments["self"].meta["val"].shape[2:]) == list(arguments["output_size"])
+
+
+def _is_global_average(node: fx.Node) -> bool:
+    if ops.is_op(node, "adaptive_avg_pool2d"):
+        return list(ops.bind(node)["output_size"]) == [1, 1]
+    return ops.is_op(node, "mean") and _is_spatial(ops.bind(node), node.meta["val"])
 
 
 def _is_spatial(arguments: dict[str, Any], value: torch.Tensor) -> bool:

@@ -50,7 +50,7 @@ def float_islands(program: go.Program) -> list[str]:
     Where there are none the definition leaves no rounding open, and compiled code must give the same bits.
     """
     borders = {torch.ops.graphopt.quantize.default, torch.ops.graphopt.dequantize.default}
-    integer = {"conv2d_dequantize", "linear_dequantize"}
+    integer = {"conv2d_dequantize", "linear_dequantize", "global_avg_pool_dequantize"}
     names = []
     for node in program.graph.nodes:
         value = node.meta.get("val")

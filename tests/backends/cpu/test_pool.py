@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
 from graphopt.backends.cpu.pool import pack_pool2d, pool2d
 from graphopt.backends.cpu.workload import Layout, Pool2d, Requantize
 from graphopt.errors import CompileError
@@ -25,15 +26,18 @@ def outputs(extent, kernel, stride, padding, dilation, ceil_mode):
     return count - 1 if ceil_mode and (count - 1) * stride >= extent + padding else count
 
 
-def make(kind, shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil_mode=False, **fields):
+def make(
+    kind, shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil_mode=False, to=None, **fields
+):
+    """``to`` is y's dtype where it is not x's: an integer average read as floats."""
     batch, channels, height, width = shape
     rows, columns = (
         outputs(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode)
         for i in (0, 1)
     )
     x = Layout(batch, height, width, channels, dtype, 1, 0, 2, 1, channels + 3, fill=100)
-    y = Layout(batch, rows, columns, channels, dtype, 1, 2, 0, 1, channels + 1, fill=9)
-    rounding = ROUNDING if kind == "average" and dtype != "float32" else None
+    y = Layout(batch, rows, columns, channels, to or dtype, 1, 2, 0, 1, channels + 1, fill=9)
+    rounding = ROUNDING if kind == "average" and y.dtype != "float32" else None
     return Pool2d(
         kind, x, y, kernel, stride, padding, dilation, requantize=rounding, **fields
     ), ceil_mode
@@ -67,6 +71,8 @@ def reference(workload: Pool2d, logical: np.ndarray, ceil_mode: bool) -> np.ndar
     if workload.divisor_override:
         count = np.full_like(count, workload.divisor_override)
     scaled = total * (np.float64(MULTIPLIER) / np.rint(count)).astype(np.float32)
+    if workload.requantize is None:
+        return scaled
     return round_and_clamp(scaled, workload.requantize).astype(logical.dtype)
 
 
@@ -98,8 +104,41 @@ def test_global_average(row, dtype):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_an_average_over_more_than_256_elements_is_exact(row):
-    check(make("average", (1, 3, 20, 20), "uint8", (20, 20), (1, 1), (0, 0)), row)
+@pytest.mark.parametrize("to", ["uint8", "float32"])
+def test_an_average_over_more_than_256_elements_is_exact(row, to):
+    check(make("average", (1, 3, 20, 20), "uint8", (20, 20), (1, 1), (0, 0), to=to), row)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("size", [(1, 1), (4, 3), (13, 13), (16, 17)])
+@pytest.mark.parametrize("channels", [1, 37])
+def test_a_global_average_of_bytes_in_float(row, dtype, size, channels):
+    shape = (2, channels, *size)
+    case = make("average", shape, dtype, size, size, (0, 0), to="float32", x_zero_point=31)
+    check(case, row)
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_a_float_average_of_saturated_bytes(zero_point):
+    """The compiled sums equal the operator's: 16-bit sums hold 256 elements of 255."""
+    generator = torch.Generator().manual_seed(0)
+    for size in ((16, 16), (1, 257), (40, 41)):
+        x = Layout(1, *size, 6, "uint8", channel_stride=8)
+        y = Layout(1, 1, 1, 6, "float32")
+        q = torch.randint(250, 256, (1, 6, *size), generator=generator).to(torch.uint8)
+        q[:, 0] = 255
+        workload = Pool2d("average", x, y, size, size, x_zero_point=zero_point)
+        table = pack_pool2d(workload, 0.0173)
+        actual = run(
+            pool2d(workload, ROWS[0], 1),
+            ROWS[0],
+            pack(x, q.numpy()),
+            *table,
+            out=np.zeros((1, 1, 1, 6), np.float32),
+        )
+        defined = torch.ops.graphopt.global_avg_pool_dequantize(q, 0.0173, zero_point, False)
+        np.testing.assert_array_equal(actual.reshape(1, 6), defined.numpy())
 
 
 @given(
@@ -113,16 +152,22 @@ def test_an_average_over_more_than_256_elements_is_exact(row):
     st.booleans(),
     st.booleans(),
     st.sampled_from([0, 0, 5]),
+    st.booleans(),
     st.sampled_from(ROWS),
 )
 @settings(max_examples=40, deadline=None)
-@example("average", "uint8", (3, 1, 7, 7), (3, 3), (2, 2), (1, 1), 1, True, True, 0, ROWS[0])
-@example("average", "uint8", (1, 3, 6, 6), (3, 3), (2, 2), (1, 1), 1, True, False, 0, ROWS[-1])
-@example("average", "uint8", (1, 3, 6, 6), (3, 2), (3, 2), (1, 0), 1, True, True, 7, ROWS[-1])
-@example("max", "uint8", (1, 1, 1, 1), (2, 1), (1, 1), (1, 0), 2, False, False, 0, ROWS[0])
-@example("max", "int8", (1, 3, 13, 13), (9, 9), (1, 1), (4, 4), 1, False, True, 0, ROWS[1])
+@example("average", "uint8", (3, 1, 7, 7), (3, 3), (2, 2), (1, 1), 1, True, True, 0, False, ROWS[0])
+@example(
+    "average", "uint8", (1, 3, 6, 6), (3, 3), (2, 2), (1, 1), 1, True, False, 0, False, ROWS[-1]
+)
+@example(
+    "average", "uint8", (1, 3, 6, 6), (3, 2), (3, 2), (1, 0), 1, True, True, 7, False, ROWS[-1]
+)
+@example("average", "uint8", (1, 3, 6, 6), (3, 2), (2, 2), (1, 1), 1, True, False, 0, True, ROWS[0])
+@example("max", "uint8", (1, 1, 1, 1), (2, 1), (1, 1), (1, 0), 2, False, False, 0, False, ROWS[0])
+@example("max", "int8", (1, 3, 13, 13), (9, 9), (1, 1), (4, 4), 1, False, True, 0, False, ROWS[1])
 def test_random_windows(
-    kind, dtype, shape, kernel, stride, padding, dilation, ceil_mode, include, override, row
+    kind, dtype, shape, kernel, stride, padding, dilation, ceil_mode, include, override, real, row
 ):
     assume(all(padding[i] <= kernel[i] // 2 for i in (0, 1)))
     steps = (dilation, dilation) if kind == "max" else (1, 1)
@@ -131,6 +176,7 @@ def test_random_windows(
     ]
     assume(min(sizes) > 0)
     fields = {"count_include_pad": include, "divisor_override": override, "x_zero_point": 31}
+    fields["to"] = "float32" if real and kind == "average" else dtype
     check(make(kind, shape, dtype, kernel, stride, padding, steps, ceil_mode, **fields), row)
 
 
@@ -160,4 +206,7 @@ def test_declines_what_it_cannot_round():
     bare = Layout(1, 4, 4, 3, "uint8")
     with pytest.raises(CompileError, match="must round"):
         pool2d(Pool2d("average", bare, bare, (2, 2), (2, 2)), ROWS[0], 1)
+    real = Layout(1, 2, 2, 3, "float32")
+    with pytest.raises(CompileError, match="is not rounded"):
+        pool2d(Pool2d("average", bare, real, (2, 2), (2, 2), requantize=ROUNDING), ROWS[0], 1)
     assert pack_pool2d(integer, 1.0) == []
