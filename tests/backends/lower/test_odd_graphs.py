@@ -143,6 +143,14 @@ GRAPHS: dict[str, Forward] = {
 }
 
 
+def _every(step: int) -> list[Any]:
+    """All graphs; the quick suite takes one in ``step``."""
+    return [
+        pytest.param(name, marks=[] if index % step == 0 else [pytest.mark.slow])
+        for index, name in enumerate(GRAPHS)
+    ]
+
+
 def _image(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -157,14 +165,14 @@ def _close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(ours, expected, rtol=0, atol=allowed)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", _every(2))
 def test_float(name: str) -> None:
     model, x = Odd(GRAPHS[name]).eval(), _image(3, CHANNELS, 7, 7)
     session = compiled(go.capture(model, (x,))).session()
     _close(session(x.numpy()), model(x))
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", _every(3))
 def test_integer(name: str) -> None:
     """Bit for bit; where float islands stand inside, up to their rounding, which may tip a later quantize."""
     model, x = Odd(GRAPHS[name]).eval(), _image(2, CHANNELS, 7, 7)
