@@ -65,6 +65,8 @@ def capture(
             raise CaptureError(
                 f"input {node.name!r} must be a torch.Tensor; bind other values in the model"
             )
+        if not node.meta["val"].numel():
+            raise CaptureError(f"input {node.name!r} has no elements; give an example that has")
     return program
 
 

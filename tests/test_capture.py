@@ -185,3 +185,8 @@ def test_inputs_that_are_no_tensors_are_refused() -> None:
         CaptureError, match=r"must be a torch.Tensor; bind other values in the model"
     ):
         go.capture(Calls(lambda x, factor: x * factor), (X, 3))
+
+
+def test_an_example_without_elements_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"^input 'input_1' has no elements; give an example"):
+        go.capture(nn.ReLU(), torch.empty(0, 3))
