@@ -164,8 +164,9 @@ class Pool2d:
     ``kind`` is "max" or "average". The padding never takes part in a maximum. Integer average:
     ``q = zero_point + rint(clamp(float32(sum(x - x_zero_point)) * multiplier[count], ...))`` with ``multipliers`` a
     float32 table indexed by the number of elements that count (``kernel[0] * kernel[1] + 1`` entries); to a float32 y
-    (``requantize`` None) the product itself. Float average: ``sum(x) / count``. ``count_include_pad`` counts the padded positions (torch's meaning), ``divisor_override``
-    replaces the count when not 0. A global pool is a window as large as the map.
+    (``requantize`` None) the product itself. Float average: ``sum(x) / count``. ``count_include_pad`` counts the padded
+    positions (torch's meaning), ``divisor_override`` replaces the count when not 0. A global pool is a window as large
+    as the map.
     """
 
     kind: str

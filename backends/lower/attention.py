@@ -1,4 +1,4 @@
-"""Products of activations, attention, softmax, layer norm and means over tokens as steps on plain tensors."""
+"""What transformers are made of as steps on plain tensors: products, softmax, norms, element-wise, means over tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from graphopt.backends.cpu.matmul import matmul
 from graphopt.backends.cpu.softmax import softmax
 from graphopt.backends.cpu.tokens import Attention, LayerNorm, Matmul, Softmax, Strided
 from graphopt.backends.cpu.workload import Layout
-from graphopt.backends.lower.fusing import sole_user
+from graphopt.backends.lower.elementwise import AddStep, ConvertStep, MulStep, PoolStep
+from graphopt.backends.lower.fusing import activation_of, following_activation, sole_user
 from graphopt.backends.lower.step import Context, Kernel, Step, rank, value_of
 from graphopt.backends.lower.views import (
     View,
@@ -125,7 +126,7 @@ class ProductStep(RowsStep):
 
 
 def select(node: fx.Node) -> Step | None:
-    """Float32 attention, matmul, softmax and layer norm whose sizes are known, except for the batch."""
+    """The step of a float32 operator whose sizes are known, except for the batch."""
     if ops.info(node) is None or value_of(node).dtype != torch.float32:
         return None
     if ops.is_op(node, "attention"):
@@ -136,7 +137,45 @@ def select(node: fx.Node) -> Step | None:
         return _softmax(node)
     if ops.is_op(node, "layer_norm"):
         return _layer_norm(node)
-    return None
+    if rank(node) == 4 or not _is_static(node):
+        return None
+    return _mean(node) if ops.is_op(node, "mean") else _elementwise(node)
+
+
+def _mean(node: fx.Node) -> Step | None:
+    """The mean over tokens: a pool over all of the rows."""
+    a = ops.bind(node)
+    x = a["self"]
+    if rank(x) != 3 or list(a["dim"]) not in ([1], [-2]) or value_of(x).dtype != torch.float32:
+        return None
+    if not _is_static(x):
+        return None
+    window = (1, int(value_of(x).shape[1]))
+    step = PoolStep(node, x, 1.0, kind="average", kernel=window, stride=window)
+    step.plain_inputs, step.plain_output = [True], True
+    return step
+
+
+def _elementwise(node: fx.Node) -> Step | None:
+    """Activations, and sums and products of equal shapes, of tensors that are no maps and no vectors."""
+    if rank(node) < 3:
+        return None
+    activation = activation_of(node)
+    if activation is not None:
+        return ConvertStep([node], ops.bind(node)["self"], activation=activation)
+    if not ops.is_op(node, "add", "mul"):
+        return None
+    a = ops.bind(node)
+    operands = [a["self"], a["other"]]
+    if not all(isinstance(v, fx.Node) for v in operands) or a.get("alpha", 1) != 1:
+        return None
+    if any(_shape(v) != _shape(node) or value_of(v).dtype != torch.float32 for v in operands):
+        return None
+    swallowed, following = following_activation(node)
+    nodes = [node, *swallowed]
+    if ops.is_op(node, "add"):
+        return AddStep(nodes, operands, None, following)
+    return MulStep(nodes, operands, following)
 
 
 def _is_static(node: fx.Node) -> bool:
@@ -223,6 +262,10 @@ def _attention(node: fx.Node) -> Step | None:
 
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     return _product([node], Product(tuple(lead), operands, build))
+
+
+def _shape(node: fx.Node) -> list[str]:
+    return [str(size) for size in value_of(node).shape]
 
 
 def _sizes(node: fx.Node) -> list[int | None]:

@@ -39,8 +39,9 @@ def make(shape, mask="none", causal=False, dynamic=False, value_axes=HEADS):
     y = np.zeros((batch, m, heads, columns), np.float32)
     arguments, views = [q, k, v], [(q_view, q), (k_view, k), (v_view, v)]
     full, added = (batch, heads, m, n), None
-    if MASKS[mask] is not None:
-        added = noise(4, *(s if kept else 1 for s, kept in zip(full, MASKS[mask], strict=True)))
+    kept = MASKS[mask]
+    if kept is not None:
+        added = noise(4, *(s if keep else 1 for s, keep in zip(full, kept, strict=True)))
         if mask == "whole":
             added[added > 0.3] = -np.inf
             added[:, :, 0] = -np.inf
