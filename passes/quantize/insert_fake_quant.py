@@ -34,7 +34,7 @@ class InsertFakeQuant(Pass):
     Values are observed in the float program, in one run over ``calibration``; ``observer`` is minmax, moving-average,
     percentile, mse or entropy. Weight scales are kept large enough for the bias to fit int32 at ``s_x * s_w``.
     Declines layers that are excluded, already fake-quantized, or whose weight is no constant, and leaves in float what
-    stands between float operators and everything after the last layer.
+    stands between float operators and everything after the last layer, but for an average over the whole map.
 
     Raises QuantizeError without calibration data, and for NaN or infinity in the weights or in an observed value.
     """

@@ -72,7 +72,7 @@ def reference(workload: Pool2d, logical: np.ndarray, ceil_mode: bool) -> np.ndar
         count = np.full_like(count, workload.divisor_override)
     scaled = total * (np.float64(MULTIPLIER) / np.rint(count)).astype(np.float32)
     if workload.requantize is None:
-        return scaled
+        return np.asarray(scaled)
     return round_and_clamp(scaled, workload.requantize).astype(logical.dtype)
 
 

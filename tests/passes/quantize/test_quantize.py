@@ -92,6 +92,25 @@ def test_a_program_that_is_fake_quantized_is_left_alone():
     assert twice.history[-1].rewrites == 0
 
 
+def test_a_network_that_ends_in_its_average_has_no_float_islands():
+    """SqueezeNet: the classifier is a convolution, and its average is the output."""
+
+    def body(m, x):
+        y = nn.functional.max_pool2d(torch.relu(m.a(x)), 3, 2, ceil_mode=True)
+        y = torch.cat([torch.relu(m.b(y)), torch.relu(m.c(y))], 1)
+        y = torch.relu(m.d(nn.functional.dropout(y, 0.5, m.training)))
+        return nn.functional.adaptive_avg_pool2d(y, 1).flatten(1)
+
+    layers = {"a": conv(3, 8), "b": conv(8, 8, 1), "c": conv(8, 8), "d": conv(16, 5, 1)}
+    program = capture(body, 2, 3, 12, 12, **layers)
+    integer = go.integerize(go.passes.Quantize(calibration=data(program))(program))
+    calls = [str(n.target) for n in integer.graph.nodes if n.op == "call_function"]
+    assert calls[0] == "graphopt.quantize.default"
+    assert calls[-2:] == ["graphopt.global_avg_pool_dequantize.default", "aten.flatten.using_ints"]
+    assert sum("quantize" in name for name in calls) == 2
+    assert go.backends.integerize.kept_in_float(integer) == ()
+
+
 @pytest.mark.parametrize("kind", ["resnet", "mobilenet", "shuffle"])
 def test_the_integer_level_has_no_float_islands(kind):
     """From the first quantize to the last layer, everything between is integer."""
