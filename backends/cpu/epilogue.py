@@ -66,7 +66,6 @@ def apply_epilogue(
         return apply_activation(epilogue.activation, v, lanes)
     if epilogue.requantize is None:
         v = to_float(accumulator, lanes) * multiplier
-        v = v if residual is None else v + residual
         return apply_activation(epilogue.activation, v, lanes)
     q = requantize(epilogue.requantize, accumulator, multiplier, lanes)
     if epilogue.residual_add is not None and residual is not None:

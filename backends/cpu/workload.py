@@ -118,8 +118,7 @@ class Epilogue:
 
     Integer accumulators, ``requantize`` set: ``q = requantize(acc + bias)``, then ``q = add(q, residual)`` where
     ``residual_add`` is set (the layer's own q is operand a, the residual tensor operand b).
-    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, then ``v = v + residual`` where
-    ``float_residual`` (rounded once or twice), then ``activation``; float32 out.
+    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, then ``activation``; float32 out.
     Float accumulators: ``v = acc + bias``, ``v = v + residual`` where ``float_residual``, then ``activation``.
     """
 

@@ -210,7 +210,7 @@ def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -
 
 
 def _with_float_epilogue(
-    node: fx.Node, x: fx.Node, constants: Constants, window: Window, x_zero_point: int = 0
+    node: fx.Node, x: fx.Node, constants: Constants, window: Window
 ) -> ConvolutionStep:
     nodes, residual = [node], None
     add = sole_user(node)
@@ -221,7 +221,7 @@ def _with_float_epilogue(
     swallowed, activation = following_activation(nodes[-1])
     epilogue = Epilogue(float_residual=residual is not None, activation=activation)
     nodes += swallowed
-    return ConvolutionStep(nodes, x, constants, window, epilogue, x_zero_point, residual)
+    return ConvolutionStep(nodes, x, constants, window, epilogue, residual=residual)
 
 
 def _float_linear(node: fx.Node) -> Step | None:
@@ -269,7 +269,10 @@ def _with_integer_epilogue(node: fx.Node, a: dict[str, Any], window: Window) -> 
     constants = Constants(a["weight"], a["bias"], a["multiplier"])
     nodes, residual = [node], None
     if "y_zero_point" not in a:
-        return _with_float_epilogue(node, a["x"], constants, window, a["x_zero_point"])
+        swallowed, activation = following_activation(node)
+        nodes += swallowed
+        epilogue = Epilogue(activation=activation)
+        return ConvolutionStep(nodes, a["x"], constants, window, epilogue, a["x_zero_point"])
     epilogue = Epilogue(requantize=Requantize(a["y_zero_point"], a["qmin"], a["qmax"]))
     add = sole_user(node)
     if add is not None and add.target == torch.ops.graphopt.add.default and rank(node) == 4:

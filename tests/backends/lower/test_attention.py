@@ -92,13 +92,13 @@ def test_a_dynamic_batch_and_threads():
 
 
 def test_int8():
-    """The last layer dequantizes and adds the residual; one quantum may differ where float rounding tips a quantize."""
+    """One quantum may differ where float rounding tips a quantize; the sum is a kernel of its own."""
     model, x = SelfAttention(fused=True).eval(), noise(2, 5, 12)
     artifact = compiled(quantized(model, (x,)))
     (actual,), (want,) = run(artifact, (x,)), reference(artifact.program, (x,))
     assert np.median(np.abs(actual - want)) <= 1e-6 * np.abs(want).max()
     assert np.abs(actual - want).max() <= 0.02 * np.abs(want).max()
-    assert "add" not in kernels(artifact)
+    assert "add" in kernels(artifact)
 
 
 MASKS = {
