@@ -1,9 +1,9 @@
 """The emitted graph becomes a Relax module, and that a shared library.
 
 Relax sees our kernels as external functions with their results passed in: it plans their memory, and its passes, which
-expect scheduled blocks, never look inside. Everything else is imported as TVM imports ATen, legalized and fused. The network's inputs are the leading parameters of
-``main``, its weights the trailing ones: the shapes of what ``num_input`` does not count are not checked at every call
-(0.7 us a weight: 0.1 ms for MobileNetV2).
+expect scheduled blocks, never look inside. Everything else is imported as TVM imports ATen, legalized and fused. The
+network's inputs are the leading parameters of ``main``, its weights the trailing ones: the shapes of what ``num_input``
+does not count are not checked at every call (0.7 us a weight: 0.1 ms for MobileNetV2).
 """
 
 from __future__ import annotations
