@@ -25,6 +25,7 @@ from graphopt.backends.lower.step import (
     Margins,
     Step,
     is_integer_op,
+    pair,
     rank,
     value_of,
 )
@@ -153,13 +154,6 @@ def _is_constant(*nodes: Any) -> bool:
     )
 
 
-def _pair(values: Any) -> tuple[int, int]:
-    if isinstance(values, int):
-        return values, values
-    values = list(values)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
-
-
 def select_float(node: fx.Node) -> Step | None:
     """``aten.conv2d``, ``aten.linear``, an unfolded ``aten.batch_norm`` of float32, with residual sum and activation."""
     if value_of(node).dtype != torch.float32:
@@ -177,12 +171,12 @@ def _float_convolution(node: fx.Node) -> Step | None:
     a = ops.bind(node)
     if rank(node) != 4 or not _is_constant(a["weight"], a["bias"]):
         return None
-    kernel = _pair([int(size) for size in value_of(a["weight"]).shape[2:]])
-    dilation = _pair(a["dilation"])
+    kernel = pair([int(size) for size in value_of(a["weight"]).shape[2:]])
+    dilation = pair(a["dilation"])
     padding = _padding(a["padding"], kernel, dilation)
     x, (top, left) = _unpadded(a["input"])
     padding = padding[0] + top, padding[1] + left
-    window = Window(kernel, _pair(a["stride"]), padding, dilation, int(a["groups"]))
+    window = Window(kernel, pair(a["stride"]), padding, dilation, int(a["groups"]))
     constants = Constants(a["weight"], a["bias"])
     return _with_float_epilogue(node, x, constants, window)
 
@@ -206,7 +200,7 @@ def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -
         return 0, 0
     if padding == "same":
         return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
-    return _pair(padding)
+    return pair(padding)
 
 
 def _with_float_epilogue(
@@ -256,9 +250,9 @@ def select_integer(node: fx.Node) -> Step | None:
     namespace = torch.ops.graphopt
     if node.target in (namespace.conv2d.default, namespace.conv2d_dequantize.default):
         a = ops.bind(node)
-        kernel = _pair([int(size) for size in value_of(a["weight"]).shape[2:]])
+        kernel = pair([int(size) for size in value_of(a["weight"]).shape[2:]])
         top, left, *_ = a["padding"]
-        window = Window(kernel, _pair(a["stride"]), (top, left), _pair(a["dilation"]), a["groups"])
+        window = Window(kernel, pair(a["stride"]), (top, left), pair(a["dilation"]), a["groups"])
         return _with_integer_epilogue(node, a, window)
     if node.target in (namespace.linear.default, namespace.linear_dequantize.default):
         return _plain_rows(_with_integer_epilogue(node, ops.bind(node), Window()))

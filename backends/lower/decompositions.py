@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.backends.lower.step import pair
+
 aten = torch.ops.aten
 
 
@@ -148,7 +150,7 @@ def _addbmm(
 
 
 def _im2col(x: Tensor, kernel: Sequence[int], dilation: Any, padding: Any, stride: Any) -> Tensor:
-    (kh, kw), (dh, dw), (ph, pw), (sh, sw) = map(_pair, (kernel, dilation, padding, stride))
+    (kh, kw), (dh, dw), (ph, pw), (sh, sw) = map(pair, (kernel, dilation, padding, stride))
     padded = aten.constant_pad_nd.default(x, [pw, pw, ph, ph], 0.0)
     rows = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
     columns = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -160,11 +162,6 @@ def _im2col(x: Tensor, kernel: Sequence[int], dilation: Any, padding: Any, strid
         for left in range(0, kw * dw, dw)
     ]
     return torch.stack(windows, 2).reshape(x.shape[0], x.shape[1] * kh * kw, rows * columns)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values[0], values[-1]
 
 
 def _unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from graphopt.backends.cpu.workload import (
 )
 from graphopt.backends.lower.convolution import quantized_add
 from graphopt.backends.lower.fusing import activation_of, following_activation
-from graphopt.backends.lower.step import Context, Kernel, Step, is_integer_op, rank, value_of
+from graphopt.backends.lower.step import Context, Kernel, Step, is_integer_op, pair, rank, value_of
 
 
 def _kernel(function: Any, constants: tuple[Any, ...] = ()) -> Kernel:
@@ -143,9 +142,9 @@ def _integer_pool(node: fx.Node, a: dict[str, Any]) -> Step | None:
             a["q"],
             a["multiplier"],
             kind="average",
-            kernel=_pair(a["kernel"]),
-            stride=_pair(a["stride"] or a["kernel"]),
-            padding=_pair(a["padding"]),
+            kernel=pair(a["kernel"]),
+            stride=pair(a["stride"] or a["kernel"]),
+            padding=pair(a["padding"]),
             count_include_pad=a["count_include_pad"],
             divisor_override=a["divisor_override"],
             x_zero_point=a["x_zero_point"],
@@ -160,16 +159,16 @@ def _integer_pool(node: fx.Node, a: dict[str, Any]) -> Step | None:
 
 
 def _max_pool(node: fx.Node, x: fx.Node, a: dict[str, Any]) -> Step:
-    kernel = _pair(a.get("kernel", a.get("kernel_size")))
+    kernel = pair(a.get("kernel", a.get("kernel_size")))
     return PoolStep(
         node,
         x,
         1.0,
         kind="max",
         kernel=kernel,
-        stride=_pair(a["stride"] or kernel),
-        padding=_pair(a["padding"]),
-        dilation=_pair(a["dilation"]),
+        stride=pair(a["stride"] or kernel),
+        padding=pair(a["padding"]),
+        dilation=pair(a["dilation"]),
     )
 
 
@@ -249,15 +248,19 @@ def _float_pool(node: fx.Node) -> Step | None:
             x,
             1.0,
             kind="average",
-            kernel=_pair(a["kernel_size"]),
-            stride=_pair(a["stride"] or a["kernel_size"]),
-            padding=_pair(a["padding"]),
+            kernel=pair(a["kernel_size"]),
+            stride=pair(a["stride"] or a["kernel_size"]),
+            padding=pair(a["padding"]),
             count_include_pad=a["count_include_pad"],
             divisor_override=a["divisor_override"] or 0,
         )
     if ops.is_op(node, "adaptive_avg_pool2d") and list(a["output_size"]) == [1, 1]:
         return _global_pool(node, x, 1.0)
-    if ops.is_op(node, "mean") and sorted(d % 4 for d in a["dim"]) == [2, 3] and not a.get("dtype"):
+    if (
+        ops.is_op(node, "mean")
+        and sorted(d % 4 for d in a["dim"] or ()) == [2, 3]
+        and not a.get("dtype")
+    ):
         return _global_pool(node, x, 1.0)
     return None
 
@@ -276,17 +279,10 @@ def select_concat(node: fx.Node) -> Step | None:
 
 def relayout(x: Layout, y: Layout, x_order: str, y_order: str, context: Context) -> Kernel:
     """The kernel that only moves: same elements, another layout or order."""
-    workload = Convert(replace(x), replace(y), x_order, y_order)
+    workload = Convert(x, y, x_order, y_order)
     return _kernel(convert(workload, context.isa, context.threads))
 
 
 def _same_shapes(*nodes: fx.Node) -> bool:
     shapes = {tuple(str(size) for size in value_of(node).shape) for node in nodes}
     return len(shapes) == 1
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    if isinstance(values, int):
-        return values, values
-    values = list(values)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])

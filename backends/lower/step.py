@@ -117,6 +117,12 @@ def rank(node: fx.Node) -> int:
     return value_of(node).dim()
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """ATen's ``3``, ``[3]`` or ``[3, 5]`` as (height, width)."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values[0], values[-1]
+
+
 def _static(node: fx.Node, size: Any) -> int:
     if isinstance(size, torch.SymInt):
         raise CompileError(
