@@ -47,8 +47,8 @@ test: lint ## lint, types and every test that is not slow (under 20 minutes on 2
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
 
 .PHONY: test-all
-test-all: lint ## the slow tests too
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test-all: lint ## the slow tests too, and random examples that no run has seen
+	$(TEST_ENV) HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff and mypy

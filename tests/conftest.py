@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.utils import _pytree as pytree
 
 import graphopt as go
@@ -13,6 +15,11 @@ from graphopt import driver
 from graphopt.contract import difference
 from graphopt.passing import Pass
 from graphopt.verify import verify
+
+# The same examples in every run, so that a red build is the change's doing; ``make test-all`` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

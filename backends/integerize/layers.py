@@ -18,6 +18,7 @@ from graphopt.integer.arithmetic import INT32_MAX, MIN_SCALE, QParams, check_acc
 
 CONVOLUTIONS = ("conv1d", "conv1d_same", "conv2d", "conv2d_same")
 NAMES = (*CONVOLUTIONS, "linear")
+_BIAS_ROUNDING = 0.5  # output steps; with the output's own rounding, results stay within one step of the simulation
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Window:
 class Layer:
     """A layer in integers: ``acc = sum (x - zp) * weight.q + bias``; ``window`` is None for a linear layer.
 
-    ``rank`` is that of the float layer's activations: a 1-D convolution runs as a 2-D one of height 1.
+    ``bias_rounding`` is what rounding took from the bias, float64, in steps of ``s_x * s_w``. ``rank`` is that of the
+    float layer's activations: a 1-D convolution runs as a 2-D one of height 1.
     """
 
     x: fx.Node
     weight: Weight
     bias: Tensor
+    bias_rounding: Tensor
     window: Window | None
     rank: int
 
@@ -49,6 +52,13 @@ class Layer:
         result = (product / (y.scale if y is not None else 1.0)).to(torch.float32)
         if not bool((torch.isfinite(result) & (result >= MIN_SCALE)).all()):
             raise Decline("its multiplier s_x * s_w / s_y is no normal float32 number")
+        lost = self.bias_rounding * result
+        if y is not None and bool((lost > _BIAS_ROUNDING).any()):
+            channel = int(lost.argmax())
+            raise Decline(
+                f"the bias of output channel {channel} would lose {float(lost[channel]):.2g} output steps, because the "
+                "input's scale is coarse beside the output's"
+            )
         return result
 
 
@@ -65,27 +75,31 @@ def read(node: fx.Node, x: QParams, constants: Constants) -> Layer:
         raise Decline("its input has no batch dimension")
     if weight.q.dim() == 3:
         weight = Weight(weight.q.unsqueeze(2), weight.scale, weight.path)
-    bias = _bias(arguments["bias"], weight, x, constants)
+    bias, bias_rounding = _bias(arguments["bias"], weight, x, constants)
     try:
         check_accumulator(weight.q, bias)
     except IntegerizeError as error:
         raise Decline(str(error)) from error
-    return Layer(arguments["input"], weight, bias, window, rank)
+    return Layer(arguments["input"], weight, bias, bias_rounding, window, rank)
 
 
-def _bias(node: fx.Node | None, weight: Weight, x: QParams, constants: Constants) -> Tensor:
-    """``rint(b / (s_x * s_w))`` as int32."""
+def _bias(
+    node: fx.Node | None, weight: Weight, x: QParams, constants: Constants
+) -> tuple[Tensor, Tensor]:
+    """``rint(b / (s_x * s_w))`` as int32, and how much that rounding took."""
     if node is None:
-        return torch.zeros(weight.q.shape[0], dtype=torch.int32)
+        zero = torch.zeros(weight.q.shape[0], dtype=torch.int32)
+        return zero, zero.double()
     real = constants.value(node)
     if real is None:
         raise Decline("its bias is computed from an input")
-    steps = torch.round(real.to(torch.float64) / (weight.scale.to(torch.float64) * x.scale))
+    exact = real.to(torch.float64) / (weight.scale.to(torch.float64) * x.scale)
+    steps = torch.round(exact)
     fits = torch.isfinite(steps) & (steps.abs() <= INT32_MAX)
     if not bool(fits.all()):
         channel = int((~fits).nonzero()[0])
         raise Decline(f"the bias of output channel {channel} leaves int32 in steps of s_x * s_w")
-    return steps.to(torch.int32)
+    return steps.to(torch.int32), (exact - steps).abs()
 
 
 def _window(node: fx.Node, arguments: dict[str, Any], weight: Tensor) -> Window:

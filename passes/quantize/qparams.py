@@ -28,7 +28,9 @@ class QParams:
 
 
 def activation_qparams(low: float, high: float, spec: ActivationSpec) -> QParams:
-    """Parameters of the range [low, high], widened to hold 0. An empty range (all zero) has scale 1.
+    """Parameters of the range [low, high], widened to hold 0. An empty range (all zero) stands for [0, 1].
+
+    The scale of a tensor that is always zero still sets the steps in which the next layer's bias is counted.
 
     Raises ValueError unless ``low <= high`` and both are finite.
     """
@@ -37,7 +39,7 @@ def activation_qparams(low: float, high: float, spec: ActivationSpec) -> QParams
     low, high = min(low, 0.0), max(high, 0.0)
     steps = spec.qmax - spec.qmin
     if low == high:
-        return QParams(1.0, _middle(spec) if spec.symmetric else spec.qmin, spec.qmin, spec.qmax)
+        high = 1.0
     if spec.symmetric:
         middle = _middle(spec)
         scale = as_scale(max(-low, high) / (spec.qmax - middle))

@@ -25,7 +25,6 @@ PASSES: tuple[go.Pass, ...] = (
 @settings(
     max_examples=20,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 10**6))

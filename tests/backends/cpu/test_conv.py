@@ -180,7 +180,7 @@ def workloads(draw: st.DrawFn) -> Conv2d:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(workloads(), st.sampled_from(ROWS), st.integers(1, 2))
 def test_random_workloads(workload: Conv2d, row, threads: int) -> None:
     check = check_exact if workload.x.dtype == "uint8" else check_close

@@ -75,6 +75,7 @@ def test_what_has_no_integer_form_is_named_with_its_reason() -> None:
 @given(st.integers(0, 10**6))
 @example(255)
 @example(3)
+@example(241051)  # a dead activation, and a bias counted in its steps
 def test_random_networks(seed: int) -> None:
     model, x = random_model(seed)
     program = _quantized(model, x)
