@@ -24,6 +24,7 @@ from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.surroundings import fill_surroundings
 from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
 _LINE_BYTES = 64
@@ -71,7 +72,7 @@ class _Kernel:
     def build(self) -> tvm.tirx.PrimFunc:
         with emit.kernel(function_name(self.workload, self.isa, self.threads)) as builder:
             self._arguments()
-            self._fill_surroundings()
+            fill_surroundings(self.y, self.workload.y, self.batch)
             self._either_tile()
         return builder.get()
 
@@ -99,36 +100,6 @@ class _Kernel:
         y = argument("y", _shape(workload.y, batch), workload.y.dtype)
         self.x, self.weight, self.y = emit.flat(x), weight, emit.flat(y)
         self.residual = None if residual is None else emit.flat(residual)
-
-    def _fill_surroundings(self) -> None:
-        """Margins and pad channels of y; plain loops, which LLVM turns into memset."""
-        y = self.workload.y
-        if y.is_dense:
-            return
-        fill = emit.constant(y.dtype, y.fill)
-        row_size = y.columns * y.channel_stride
-
-        def run(start: Expr, count: int) -> None:
-            if count == 0:
-                return
-            with emit.loop(count) as i:
-                emit.store(self.y, start + i, fill)
-
-        with emit.loop(self.batch) as image:
-            start = bind(image * (y.rows * row_size))
-            run(start, y.top * row_size)
-            run(start + (y.top + y.height) * row_size, y.bottom * row_size)
-            if not (y.left or y.right or y.channel_stride > y.channels):
-                return
-            with emit.loop(y.height) as row:
-                line = bind(start + (y.top + row) * row_size)
-                run(line, y.left * y.channel_stride)
-                run(line + (y.left + y.width) * y.channel_stride, y.right * y.channel_stride)
-                if y.channel_stride == y.channels:
-                    return
-                with emit.loop(y.width) as column:
-                    pixel = bind(line + (y.left + column) * y.channel_stride)
-                    run(pixel + y.channels, y.channel_stride - y.channels)
 
     def _either_tile(self) -> None:
         """The planned tile, or one pixel a tile where a dynamic batch turns out to hold fewer pixels than that."""
