@@ -20,7 +20,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.activation import LONG, apply_activation
 from graphopt.backends.cpu.conv_pack import pack_conv2d
-from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, plan_conv2d
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
@@ -36,14 +36,17 @@ _Place = tuple[Expr, Expr, Expr]  # image, row, column
 __all__ = ["conv2d", "function_name", "pack_conv2d"]
 
 
-def function_name(workload: Conv2d, isa: Isa, threads: int) -> str:
+def function_name(
+    workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None = None
+) -> str:
     """``conv2d_u8s8_3x3s2_56x56x64_128_<hash>``: legible, unique, blind to what does not shape the code."""
     x, y = workload.x, workload.y
     kinds = "u8s8" if x.dtype == "uint8" else "f32"
     stride = "" if workload.stride == (1, 1) else f"s{workload.stride[0]}"
     groups = "" if workload.groups == 1 else f"_g{workload.groups}"
     shaping = dataclasses.replace(workload, x_zero_point=0, x=dataclasses.replace(x, fill=0))
-    digest = hashlib.sha256(f"{shaping!r} {isa.name} {threads}".encode()).hexdigest()[:8]
+    chosen = "" if choice is None else f" {choice!r}"
+    digest = hashlib.sha256(f"{shaping!r} {isa.name} {threads}{chosen}".encode()).hexdigest()[:8]
     kernel = f"{workload.kernel[0]}x{workload.kernel[1]}"
     shape = f"{x.height}x{x.width}x{x.channels}"
     return f"conv2d_{kinds}_{kernel}{stride}_{shape}_{y.channels}{groups}_{digest}"
@@ -61,16 +64,17 @@ def _pixel(layout: Layout, image: Expr, row: Expr, column: Expr) -> Expr:
 class _Kernel:
     """One kernel under construction: its buffers, its plan and the emitters of the loop nest from the outside in."""
 
-    def __init__(self, workload: Conv2d, isa: Isa, threads: int) -> None:
+    def __init__(self, workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None) -> None:
         self.workload = workload
         self.isa = isa
         self.threads = threads
-        self.plan = plan_conv2d(workload, isa)
+        self.name = function_name(workload, isa, threads, choice)
+        self.plan = plan_conv2d(workload, isa, choice)
         self.integer = workload.x.dtype == "uint8"
         self.accumulator_dtype = "int32" if self.integer else "float32"
 
     def build(self) -> tvm.tirx.PrimFunc:
-        with emit.kernel(function_name(self.workload, self.isa, self.threads)) as builder:
+        with emit.kernel(self.name) as builder:
             self._arguments()
             fill_surroundings(self.y, self.workload.y, self.batch)
             self._either_tile()
@@ -360,10 +364,13 @@ def _optional_loop(extent: int) -> Iterator[Expr]:
         yield i
 
 
-def conv2d(workload: Conv2d, isa: Isa, threads: int) -> tvm.tirx.PrimFunc:
+def conv2d(
+    workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None = None
+) -> tvm.tirx.PrimFunc:
     """The kernel of a workload on an ISA row: a PrimFunc on ``x, weight, bias, [multiplier], [residual], y``.
 
-    Weight, bias and multiplier are the arrays of ``pack_conv2d``. With ``threads`` above 1 the outermost loop is parallel.
+    Weight, bias and multiplier are the arrays of ``pack_conv2d`` for the same ``choice`` (None: the cost model's). With
+    ``threads`` above 1 the outermost loop is parallel.
     Raises ``CompileError`` on a workload whose layouts, margins and epilogue do not fit together.
     """
-    return _Kernel(workload, isa, threads).build()
+    return _Kernel(workload, isa, threads, choice).build()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.backends.cpu.conv_plan import ConvPlan, plan_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice, ConvPlan, plan_conv2d
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.errors import CompileError
@@ -62,13 +62,14 @@ def pack_conv2d(
     weight: Array,
     bias: Array | None,
     multiplier: Array | None,
+    choice: ConvChoice | None = None,
 ) -> list[Array]:
     """The kernel's constant arguments in order: packed weight, bias, and for uint8 activations the multiplier.
 
     ``weight`` is OIHW (int8 or float32), ``bias`` [O] (int32 or float32, None for zeros), ``multiplier`` float32 [O].
     ``-x_zero_point * sum(w)`` is folded into the bias, in wrapping int32 like the accumulators.
     """
-    plan = plan_conv2d(workload, isa)
+    plan = plan_conv2d(workload, isa, choice)
     o, i = workload.y.channels, workload.x.channels // workload.groups
     if weight.shape != (o, i, *workload.kernel):
         raise CompileError(

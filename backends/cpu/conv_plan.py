@@ -27,6 +27,15 @@ _ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the spee
 
 
 @dataclass(frozen=True)
+class ConvChoice:
+    """What is free in the cut of a convolution: the register tile, and the tiles of a chunk (0: ``chunk_tiles`` says)."""
+
+    pixels: int
+    vectors: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
 class ConvPlan:
     """The cut of one convolution.
 
@@ -34,7 +43,7 @@ class ConvPlan:
     vector. The kernel walks ``taps_high x taps_wide`` spans of ``span`` consecutive input elements, ``step`` at a time; the
     columns of a window are one span where they lie side by side in memory (``merged_columns``).
     ``pixels x vectors`` is the register tile. ``flat_pixels``: the whole image is one line of pixels (1x1, no margins);
-    ``may_not_fit``: of a dynamic batch, that line can be shorter than the tile.
+    ``may_not_fit``: of a dynamic batch, that line can be shorter than the tile. ``chunk``: as in ``ConvChoice``.
     """
 
     groups: int
@@ -50,6 +59,7 @@ class ConvPlan:
     lanes: int
     flat_pixels: bool
     may_not_fit: bool
+    chunk: int = 0
 
     @property
     def line(self) -> str:
@@ -199,8 +209,22 @@ def choose_tile(
     return min(fitting, key=cycles)
 
 
-def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
-    """Cut a convolution for an ISA row. Raises ``CompileError`` on a workload that is not consistent."""
+def _check_choice(choice: ConvChoice, isa: Isa, dtype: str, line: int, group_vectors: int) -> None:
+    """Refuse a tile that spills or is larger than the output."""
+    tile = choice.pixels, choice.vectors
+    fits = choice.pixels <= line and choice.vectors <= group_vectors
+    if tile not in isa.tiles(dtype) or not fits or choice.chunk < 0:
+        raise CompileError(
+            f"conv2d cannot be cut by {choice} on {isa.name}, for {line} pixels by {group_vectors} channel vectors; "
+            "leave the choice out"
+        )
+
+
+def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) -> ConvPlan:
+    """Cut a convolution for an ISA row, by ``choice`` or else by the cost model.
+
+    Raises ``CompileError`` on a workload that is not consistent, or a choice that does not fit it.
+    """
     _check(workload)
     x, y = workload.x, workload.y
     step = INT8_STEP if x.dtype == "uint8" else 1
@@ -226,7 +250,10 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
     steps = kh * wide * -(-span // step)
     pitch = workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     group_vectors = -(-out_channels // isa.lanes)
-    pixels, vectors = choose_tile(isa, x.dtype, line, pitch, group_vectors, steps)
+    if choice is None:
+        choice = ConvChoice(*choose_tile(isa, x.dtype, line, pitch, group_vectors, steps))
+    else:
+        _check_choice(choice, isa, x.dtype, line, group_vectors)
     return ConvPlan(
         groups=groups,
         in_channels=in_channels,
@@ -236,11 +263,12 @@ def plan_conv2d(workload: Conv2d, isa: Isa) -> ConvPlan:
         taps_wide=wide,
         span=span,
         merged_columns=merged,
-        pixels=pixels,
-        vectors=vectors,
+        pixels=choice.pixels,
+        vectors=choice.vectors,
         lanes=isa.lanes,
         flat_pixels=flat,
-        may_not_fit=pixels > y.height * y.width * (x.batch or 1),
+        may_not_fit=choice.pixels > y.height * y.width * (x.batch or 1),
+        chunk=choice.chunk,
     )
 
 
@@ -253,6 +281,8 @@ def chunk_tiles(
     outgrows L2 reads x from further away for every block. ``tiles`` is None where the batch is dynamic, ``image`` the tiles
     of one image.
     """
+    if plan.chunk:
+        return plan.chunk if tiles is None else min(plan.chunk, tiles)
     x, y = workload.x, workload.y
     x_bytes = workload.stride[0] * workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     pixel = x_bytes + y.channel_stride * _SIZES[y.dtype]

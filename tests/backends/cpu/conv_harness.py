@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from graphopt.backends.cpu.conv import conv2d, pack_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
 from tests.backends.cpu.stream_harness import pack, round_and_clamp, run
@@ -142,23 +143,33 @@ def reference(workload: Conv2d, data: Data) -> np.ndarray:
 
 
 def run_kernel(
-    workload: Conv2d, row: Isa, data: Data, out: np.ndarray, threads: int = 1
+    workload: Conv2d,
+    row: Isa,
+    data: Data,
+    out: np.ndarray,
+    threads: int = 1,
+    choice: ConvChoice | None = None,
 ) -> np.ndarray:
     """The kernel's physical output; ``out`` gives its shape."""
-    packed = pack_conv2d(workload, row, data.weight, data.bias, data.multiplier)
+    packed = pack_conv2d(workload, row, data.weight, data.bias, data.multiplier, choice)
     arrays = [pack(workload.x, data.x), *packed]
     if workload.residual is not None:
         arrays.append(pack(workload.residual, data.residual))
-    return run(conv2d(workload, row, threads), row, *arrays, out=out)
+    return run(conv2d(workload, row, threads, choice), row, *arrays, out=out)
 
 
 def check_exact(
-    workload: Conv2d, row: Isa, threads: int = 1, batch: int = 1, data: Data | None = None
+    workload: Conv2d,
+    row: Isa,
+    threads: int = 1,
+    batch: int = 1,
+    data: Data | None = None,
+    choice: ConvChoice | None = None,
 ) -> None:
     """Integer kernels equal the definition bit for bit, margins and pad channels included."""
     data = data or random_data(workload, batch=batch)
     expected = pack(workload.y, reference(workload, data).astype(workload.y.dtype))
-    actual = run_kernel(workload, row, data, expected, threads)
+    actual = run_kernel(workload, row, data, expected, threads, choice)
     np.testing.assert_array_equal(actual, expected)
 
 

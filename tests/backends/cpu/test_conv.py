@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from graphopt.backends.cpu.conv import conv2d, function_name, pack_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout
 from graphopt.errors import CompileError
 from tests.backends.cpu.conv_harness import (
@@ -61,6 +62,17 @@ SHAPES: dict[str, Conv2d] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_definition(name: str, row) -> None:
     check_exact(SHAPES[name], row)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+@pytest.mark.parametrize("tile", [(1, 1), (4, 2), (2, 3), (11, 1)])
+def test_every_choice_computes_the_same(tile: tuple[int, int], chunk: int) -> None:
+    choice = ConvChoice(*tile, chunk)
+    workload = conv_workload((8, 56), (3, 13), epilogue=RESIDUAL, y_margin=1)
+    check_exact(workload, ROWS[0], threads=2, choice=choice)
+    flat = conv_workload((8, 56), (3, 3), (1, 1), padding=(0, 0), batch=None)
+    for batch in (1, 3):
+        check_exact(flat, ROWS[0], batch=batch, choice=choice)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -226,8 +238,10 @@ def test_name_is_legible_and_blind_to_zero_points() -> None:
         function_name(replace(workload, y=y), ROWS[0], 1),
         function_name(workload, ROWS[-1], 1),
         function_name(workload, ROWS[0], 2),
+        function_name(workload, ROWS[0], 1, ConvChoice(14, 2)),
+        function_name(workload, ROWS[0], 1, ConvChoice(14, 2, chunk=1)),
     ]
-    assert len({name, *others}) == 4
+    assert len({name, *others}) == 6
 
 
 def test_refuses_an_input_without_its_margins() -> None:

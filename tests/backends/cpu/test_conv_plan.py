@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from graphopt.backends.cpu.conv_plan import chunk_tiles, plan_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, plan_conv2d
 from graphopt.backends.x86.isa import ISAS
+from graphopt.errors import CompileError
 from tests.backends.cpu.conv_harness import conv_workload
 
 VNNI = ISAS["avx512-vnni"]
@@ -63,3 +64,23 @@ def test_threads_get_equal_shares(threads: int) -> None:
     chunk = chunk_tiles(workload, plan, VNNI, tiles, tiles, threads)
     tasks = -(-tiles // chunk) * plan.blocks
     assert tasks % threads == 0 or tasks >= 8 * threads
+
+
+def test_a_choice_takes_the_place_of_the_cost_model() -> None:
+    workload = conv_workload((16, 40), (24, 24))
+    plan = plan_conv2d(workload, VNNI, ConvChoice(5, 3, chunk=7))
+    assert (plan.pixels, plan.vectors) == (5, 3)
+    assert chunk_tiles(workload, plan, VNNI, 120, 120, threads=2) == 7
+    assert chunk_tiles(workload, plan, VNNI, 4, 4, threads=2) == 4
+    assert chunk_tiles(workload, plan, VNNI, None, 120, threads=2) == 7
+
+
+@pytest.mark.parametrize(
+    "choice", [ConvChoice(8, 4), ConvChoice(25, 1), ConvChoice(4, 4), ConvChoice(4, 2, chunk=-1)]
+)
+def test_refuses_a_choice_that_spills_or_is_larger_than_the_output(choice: ConvChoice) -> None:
+    with pytest.raises(CompileError) as caught:
+        plan_conv2d(conv_workload((16, 40), (24, 24)), VNNI, choice)
+    assert str(caught.value) == (
+        f"conv2d cannot be cut by {choice} on avx512-vnni, for 24 pixels by 3 channel vectors; leave the choice out"
+    )
