@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from graphopt.registry import register
     from graphopt.rule import RewriteRule
     from graphopt.session import Session
+    from graphopt.tuning.options import Tuning
+    from graphopt.tuning.search import tune
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ _HOME = {
     "RewritePass": "graphopt.passing",
     "RewriteRule": "graphopt.rule",
     "Session": "graphopt.session",
+    "Tuning": "graphopt.tuning.options",
     "benchmark": "graphopt.bench",
     "capture": "graphopt.frontend",
     "compile": "graphopt.compiler",
@@ -56,6 +59,7 @@ _HOME = {
     "load": "graphopt.artifact",
     "lossy": "graphopt.contract",
     "register": "graphopt.registry",
+    "tune": "graphopt.tuning.search",
     "var": "graphopt.pattern",
     "within": "graphopt.contract",
 }
@@ -74,6 +78,7 @@ __all__ = [
     "RewritePass",
     "RewriteRule",
     "Session",
+    "Tuning",
     "__version__",
     "backends",
     "bench",
@@ -89,6 +94,7 @@ __all__ = [
     "ops",
     "passes",
     "register",
+    "tune",
     "var",
     "within",
 ]

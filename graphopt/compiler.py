@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,26 +18,35 @@ from graphopt.manifest import Dim, Manifest, Peak, TensorSpec
 from graphopt.program import Program
 from graphopt.runtime import available_cpus
 
+if TYPE_CHECKING:
+    from graphopt.backends.cpu.conv_plan import ConvChoice
+    from graphopt.tuning.options import Tuning
+    from graphopt.tuning.report import TuningReport
+    from graphopt.tuning.search import Search
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What ``compile`` did: seconds a stage, and the layers that stayed float in a quantized program, with reasons."""
+    """What ``compile`` did: seconds a stage, the layers that stayed float in a quantized program, with reasons, and what
+    tuning chose."""
 
     target: str
     threads: int
     stages: dict[str, float]
     float_layers: tuple[tuple[str, str], ...] = ()
+    tuning: TuningReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        body = {
             "target": self.target,
             "threads": self.threads,
             "float_layers": [
                 {"node": node, "reason": reason} for node, reason in self.float_layers
             ],
         }
+        return body if self.tuning is None else {**body, "tuning": self.tuning.summary()}
 
 
 def compile(
@@ -44,35 +54,48 @@ def compile(
     target: str = "native",
     tune: str | None = None,
     threads: int | None = None,
+    tuning: Tuning | str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Lower ``program`` to machine code for ``target`` and return it as an ``Artifact``.
 
     A fake-quantized program is lowered in integers, bit for bit equal to ``artifact.program``; a float one in float32.
     ``target`` is a name of ``graphopt targets`` or "native" (this CPU). ``threads`` is the number the kernels are
-    split for (default: the CPUs of this machine). ``tune`` is reserved for measured choices and must be None.
+    split for (default: the CPUs of this machine). A cost model chooses how kernels are cut; ``tune``, a clock budget like
+    "30s", measures other choices first and compiles the winners. ``tuning`` is the file that keeps the measurements (default:
+    in the user's cache folder) or a ``Tuning`` with a remote device; without ``tune`` its winners are used as they are.
 
-    Raises TargetError for an unknown target, CompileError naming the operator that cannot be lowered.
+    Raises TargetError for an unknown target, CompileError naming the operator that cannot be lowered, TuneError.
     """
-    if tune is not None:
-        raise CompileError(
-            "option tune: measured tuning is not available; leave it None, the cost model chooses"
-        )
     row = resolve(target)
+    count = thread_count(threads)
+    if tune is None and tuning is None:
+        return _Compiler(program, row, count, None).run()
+    from graphopt.tuning.search import Search
+
+    return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
+
+
+def thread_count(threads: int | None) -> int:
+    """The option ``threads``, by default the CPUs that this process may use. Raises CompileError."""
     count = available_cpus() if threads is None else threads
     if count < 1:
         raise CompileError(f"option threads must be at least 1, not {threads}")
-    return _Compiler(program, row, count).run()
+    return count
 
 
 class _Compiler:
-    def __init__(self, program: Program, target: Target, threads: int) -> None:
+    def __init__(
+        self, program: Program, target: Target, threads: int, search: Search | None
+    ) -> None:
         self.source = program
         self.target = target
         self.threads = threads
+        self.search = search
         self.stages: dict[str, float] = {}
 
     def run(self) -> Artifact:
         # TVM is imported by the stages below, when they first need it.
+        from graphopt.backends.integerize import kept_in_float
         from graphopt.backends.lower.emit import emit
         from graphopt.backends.lower.module import build_library, export, import_module
         from graphopt.backends.lower.plan import make_plan
@@ -80,8 +103,9 @@ class _Compiler:
         from graphopt.backends.x86.isa import ISAS
 
         isa = ISAS[self.target.isa]
-        program, float_layers = self._timed("prepare", self._prepare)
-        context = Context(program, isa, self.threads)
+        program = self._timed("prepare", lambda: prepare(self.source))
+        choices, tuning = self._choices(program)
+        context = Context(program, isa, self.threads, choices)
         lowered = self._timed("kernels", lambda: emit(make_plan(program), context))
         inputs = tuple(pytree.tree_leaves(program.example_inputs))
         exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
@@ -90,7 +114,9 @@ class _Compiler:
         library = self._timed(
             "codegen", lambda: build_library(module, lowered.functions, isa.target())
         )
-        report = CompileReport(self.target.name, self.threads, self.stages, float_layers)
+        report = CompileReport(
+            self.target.name, self.threads, self.stages, kept_in_float(program), tuning
+        )
         manifest = Manifest(
             target=self.target.name,
             triple=self.target.triple,
@@ -116,21 +142,30 @@ class _Compiler:
         log.info("compile: %s took %.2f s", stage, self.stages[stage])
         return result
 
-    def _prepare(self) -> tuple[Program, tuple[tuple[str, str], ...]]:
-        """The program that is really compiled: identities removed, batch norm folded, integer where quantized."""
-        from graphopt import ops
-        from graphopt.backends.integerize import integerize, kept_in_float
-        from graphopt.passes import FoldBatchNorm, RemoveIdentities
+    def _choices(self, program: Program) -> tuple[dict[str, ConvChoice], TuningReport | None]:
+        """The tuned choices, measured now where a budget was given."""
+        search = self.search
+        if search is None:
+            return {}, None
+        choices, tuning = self._timed("tune", lambda: search.run(program))
+        if tuning.interrupted:
+            raise KeyboardInterrupt
+        return choices, tuning
 
-        program = self.source
-        for pass_ in (RemoveIdentities(), FoldBatchNorm()):
-            program = pass_(program)
-        if any(
-            op is not None and op.kind == "fake_quantize"
-            for op in map(ops.info, program.graph.nodes)
-        ):
-            program = integerize(program, measure=False)
-        return program, kept_in_float(program)
+
+def prepare(program: Program) -> Program:
+    """The program that is really compiled: identities removed, batch norm folded, integer where quantized."""
+    from graphopt import ops
+    from graphopt.backends.integerize import integerize
+    from graphopt.passes import FoldBatchNorm, RemoveIdentities
+
+    for pass_ in (RemoveIdentities(), FoldBatchNorm()):
+        program = pass_(program)
+    if any(
+        op is not None and op.kind == "fake_quantize" for op in map(ops.info, program.graph.nodes)
+    ):
+        program = integerize(program, measure=False)
+    return program
 
 
 def _add_peak(functions: dict[str, Any], isa: Any, dtype: str) -> Peak:

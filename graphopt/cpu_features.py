@@ -73,6 +73,17 @@ def cpu_features() -> frozenset[str]:
     return parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
 
 
+def cpu_name() -> str:
+    """Return what the first processor calls itself, with family, model and stepping: ``AMD EPYC 26.2.1``."""
+    if not _CPUINFO.exists():
+        return platform.processor() or platform.machine()
+    first, _, _ = _CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")
+    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    revision = [found[key] for key in ("cpu family", "model", "stepping") if key in found]
+    return f"{found.get('model name', platform.machine())} {'.'.join(revision)}".strip()
+
+
 def architecture() -> str:
     """Return the architecture as LLVM triples spell it: ``x86_64``, ``aarch64`` ..."""
     machine = platform.machine().lower()

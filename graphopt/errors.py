@@ -63,5 +63,9 @@ class BenchmarkError(GraphoptError):
     """A measurement cannot be made (a peer is not installed, no input was given)."""
 
 
+class TuneError(GraphoptError):
+    """Tuning cannot measure or keep results (a budget, a store's file, a device that does not answer)."""
+
+
 class Decline(Exception):
     """Raised by a rule's ``check`` where the rule does not apply; caught by the driver, never an error."""

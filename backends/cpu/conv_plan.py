@@ -34,6 +34,10 @@ class ConvChoice:
     vectors: int
     chunk: int = 0
 
+    def __str__(self) -> str:
+        chunks = f", {self.chunk} tiles a chunk" if self.chunk else ""
+        return f"{self.pixels} x {self.vectors}{chunks}"
+
 
 @dataclass(frozen=True)
 class ConvPlan:
@@ -190,23 +194,35 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
     return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
 
 
+def estimate_cycles(
+    isa: Isa, dtype: str, line: int, vectors: int, steps: int, tile: tuple[int, int]
+) -> float:
+    """The cost model: cycles of a line of pixels by a group's channel vectors, cut by ``tile``."""
+    pixels, width = tile
+    full, tail = divmod(vectors, width)
+    one = full * _tile_cycles(isa, dtype, pixels, width, steps)
+    if tail:
+        one += _tile_cycles(isa, dtype, pixels, tail, steps)
+        one *= _TAIL_PENALTY
+    return math.ceil(line / pixels) * one
+
+
 def choose_tile(
     isa: Isa, dtype: str, line: int, pitch: int, vectors: int, steps: int
 ) -> tuple[int, int]:
     """The register tile of least estimated time for a line of pixels ``pitch`` bytes apart and a group's vectors."""
-
-    def cycles(tile: tuple[int, int]) -> float:
-        pixels, width = tile
-        full, tail = divmod(vectors, width)
-        one = full * _tile_cycles(isa, dtype, pixels, width, steps)
-        if tail:
-            one += _tile_cycles(isa, dtype, pixels, tail, steps)
-            one *= _TAIL_PENALTY
-        return math.ceil(line / pixels) * one
-
     most = line if pitch % _PAGE_BYTES else min(line, _ALIASED_PIXELS)
     fitting = [t for t in isa.tiles(dtype) if t[0] <= most and t[1] <= vectors]
-    return min(fitting, key=cycles)
+    return min(fitting, key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile))
+
+
+def line_pixels(workload: Conv2d) -> int:
+    """Output pixels that tiles are cut from: a row of the map, or the whole tensor where it is one line."""
+    x, y = workload.x, workload.y
+    if not _is_flat(workload):
+        return y.width
+    line = y.height * y.width * (x.batch or 1)
+    return line if x.batch is not None else max(line, _DYNAMIC_LINE)
 
 
 def _check_choice(choice: ConvChoice, isa: Isa, dtype: str, line: int, group_vectors: int) -> None:
@@ -215,7 +231,7 @@ def _check_choice(choice: ConvChoice, isa: Isa, dtype: str, line: int, group_vec
     fits = choice.pixels <= line and choice.vectors <= group_vectors
     if tile not in isa.tiles(dtype) or not fits or choice.chunk < 0:
         raise CompileError(
-            f"conv2d cannot be cut by {choice} on {isa.name}, for {line} pixels by {group_vectors} channel vectors; "
+            f"conv2d cannot be cut by {choice!r} on {isa.name}, for {line} pixels by {group_vectors} channel vectors; "
             "leave the choice out"
         )
 
@@ -241,12 +257,7 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
     if merged:
         span = (kw - 1) * x.channel_stride + padded
     wide = 1 if merged else kw
-    flat = _is_flat(workload)
-    line = y.width
-    if flat:
-        line = y.height * y.width * (x.batch or 1)
-        if x.batch is None:
-            line = max(line, _DYNAMIC_LINE)
+    line = line_pixels(workload)
     steps = kh * wide * -(-span // step)
     pitch = workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     group_vectors = -(-out_channels // isa.lanes)
@@ -266,7 +277,7 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
         pixels=choice.pixels,
         vectors=choice.vectors,
         lanes=isa.lanes,
-        flat_pixels=flat,
+        flat_pixels=_is_flat(workload),
         may_not_fit=choice.pixels > y.height * y.width * (x.batch or 1),
         chunk=choice.chunk,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
+from graphopt.backends.cpu.candidates import fits, workload_key
 from graphopt.backends.cpu.conv import conv2d
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
@@ -51,6 +52,10 @@ class Constants:
     weight: fx.Node
     bias: fx.Node | None
     multiplier: fx.Node | None = None
+
+
+def _name(function: Any) -> str:
+    return str(function.attrs["global_symbol"])
 
 
 class ConvolutionStep(Step):
@@ -102,12 +107,16 @@ class ConvolutionStep(Step):
             residual=inputs[1] if len(inputs) > 1 else None,
         )
         weight, bias, multiplier = self._arrays(context, workload)
-        is_depthwise = workload.groups == workload.x.channels == workload.y.channels > 1
-        make, pack = (depthwise, pack_depthwise) if is_depthwise else (conv2d, pack_conv2d)
-        function = make(workload, context.isa, context.threads)
-        packed = pack(workload, context.isa, weight, bias, multiplier)
-        name = str(function.attrs["global_symbol"])
-        return Kernel(name, function, tuple(packed), workload.macs)
+        if workload.groups == workload.x.channels == workload.y.channels > 1:
+            function = depthwise(workload, context.isa, context.threads)
+            packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
+            return Kernel(_name(function), function, tuple(packed), workload.macs)
+        choice = context.choices.get(workload_key(workload))
+        if choice is not None and not fits(workload, context.isa, choice):
+            choice = None
+        function = conv2d(workload, context.isa, context.threads, choice)
+        packed = pack_conv2d(workload, context.isa, weight, bias, multiplier, choice)
+        return Kernel(_name(function), function, tuple(packed), workload.macs, workload)
 
     def _arrays(
         self, context: Context, workload: Conv2d

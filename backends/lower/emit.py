@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphopt.backends.cpu.workload import Layout
+from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.lower import resize
 from graphopt.backends.lower.elementwise import relayout
 from graphopt.backends.lower.plan import Plan
@@ -47,11 +47,13 @@ torch.library.register_fake("graphopt::call_kernel", _result, lib=_LIBRARY)
 
 @dataclass
 class Lowered:
-    """The emitted module, its kernels by name, and a row a call in order of execution."""
+    """The emitted module, its kernels by name, a row a call in order of execution, and what tuning can choose for:
+    workloads with the layer they came from."""
 
     module: fx.GraphModule
     functions: dict[str, Any] = field(default_factory=dict)
     calls: list[KernelRow] = field(default_factory=list)
+    tunable: list[tuple[Conv2d, str]] = field(default_factory=list)
 
 
 def emit(plan: Plan, context: Context) -> Lowered:
@@ -233,11 +235,14 @@ class _Emitter:
                 self._parameter(f"{name}_{suffix}", torch.from_numpy(np.ascontiguousarray(array)))
             )
         self.lowered.functions.setdefault(kernel.name, kernel.function)
+        layer = ", ".join(_origins(nodes))
+        if kernel.tunable is not None:
+            self.lowered.tunable.append((kernel.tunable, layer))
         integer = dtype != "float32" or any(c.dtype == np.int8 for c in kernel.constants)
         self.lowered.calls.append(
             KernelRow(
                 name=kernel.name,
-                layer=", ".join(_origins(nodes)),
+                layer=layer,
                 operator=str(nodes[0].target).removesuffix(".default"),
                 dtype="int8" if integer else "float32",
                 macs=kernel.macs or None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import fx
 
 import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
+from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.isa import Isa
-from graphopt.backends.cpu.workload import Layout
+from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.errors import CompileError
 from graphopt.program import Program
 
@@ -40,11 +42,12 @@ class Margins:
 
 @dataclass(frozen=True)
 class Context:
-    """What every step needs to become code."""
+    """What every step needs to become code; ``choices`` are tuned ones, by ``candidates.workload_key``."""
 
     program: Program
     isa: Isa
     threads: int
+    choices: Mapping[str, ConvChoice] = field(default_factory=dict)
 
     def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
         """The parameter that a ``get_attr`` node reads, as NumPy."""
@@ -53,12 +56,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark."""
+    """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark.
+
+    ``tunable`` is its workload, where tuning has other choices for it.
+    """
 
     name: str
     function: Any
     constants: tuple[np.ndarray[Any, Any], ...] = ()
     macs: int = 0
+    tunable: Conv2d | None = None
 
 
 class Step(ABC):

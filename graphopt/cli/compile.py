@@ -19,6 +19,22 @@ def command(
     ],
     target: options.TargetName = "native",
     threads: options.Threads = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune", metavar="TIME", help="Measure choices first, for 30s or 5m, and use them."
+        ),
+    ] = None,
+    tuning: Annotated[
+        Path | None,
+        typer.Option(
+            "--tuning",
+            metavar="FILE",
+            help="Use the measurements of `graphopt tune --store FILE`; with --tune, add to them.",
+        ),
+    ] = None,
+    rpc: options.Rpc = None,
+    key: options.DeviceKey = None,
     recipe: options.Recipe = None,
     passes: options.Passes = None,
     calibration: options.Calibration = None,
@@ -37,15 +53,21 @@ def command(
     \b
     graphopt compile tiny.pt2 --trust -o tiny.gopt
     graphopt compile nets:tiny --input-shape 1x3x32x32 --target avx2 --threads 2 -o tiny.gopt
+    graphopt compile tiny.pt2 --trust --tune 30s -o tiny.gopt
     graphopt compile nets:tiny --input-shape 1x3x32x32 --pass quantize --calibration data.npz -o q.gopt
     """
     if output.suffix != ".gopt":
         fail(f"--output {output} must end in .gopt", code=2)
     from graphopt.artifact import check_writable
     from graphopt.backends.targets import resolve
+    from graphopt.tuning.options import Tuning, parse_budget
 
     check_writable(output)
     row = resolve(target)
+    settings = Tuning(tuning, rpc, key)
+    if tune is not None:
+        parse_budget(tune)
+    asked = tuning is not None or tune is not None
     source = Source(
         model,
         weights,
@@ -62,7 +84,9 @@ def command(
     import graphopt as go
 
     with step(f"compiling for {row.name}"):
-        artifact: Any = go.compile(program, target=target, threads=threads)
+        artifact: Any = go.compile(
+            program, target, tune=tune, threads=threads, tuning=settings if asked else None
+        )
     artifact.save(output)
     manifest = artifact.manifest
     summary = {

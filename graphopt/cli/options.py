@@ -99,6 +99,19 @@ Plugins = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads the model will run on.")
 ]
+Rpc = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc",
+        metavar="HOST:PORT",
+        help="Measure on a remote device: the tracker of `python -m tvm.exec.rpc_tracker`. "
+        "RPC gives full code execution to whoever reaches the port.",
+    ),
+]
+DeviceKey = Annotated[
+    str | None,
+    typer.Option("--key", help="The device, by the key that its `rpc_server` registered."),
+]
 TargetName = Annotated[
     str, typer.Option("--target", help="A name from `graphopt targets`, or native.")
 ]

@@ -82,5 +82,5 @@ def test_refuses_a_choice_that_spills_or_is_larger_than_the_output(choice: ConvC
     with pytest.raises(CompileError) as caught:
         plan_conv2d(conv_workload((16, 40), (24, 24)), VNNI, choice)
     assert str(caught.value) == (
-        f"conv2d cannot be cut by {choice} on avx512-vnni, for 24 pixels by 3 channel vectors; leave the choice out"
+        f"conv2d cannot be cut by {choice!r} on avx512-vnni, for 24 pixels by 3 channel vectors; leave the choice out"
     )

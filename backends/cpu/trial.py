@@ -1,0 +1,173 @@
+"""One trial: a candidate against the cost model's own choice, in turns, on this machine or over TVM's RPC.
+
+Both are timed by TVM's evaluator on the device, every call with weights and outputs flushed from the caches: within 5 %
+of what the layers of ResNet-50 take inside the network, where warm caches say up to 15 % less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from graphopt.backends.cpu.conv import conv2d
+from graphopt.backends.cpu.conv_pack import pack_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice
+from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.cpu.workload import Conv2d, Layout
+from graphopt.backends.x86.isa import ISAS
+from graphopt.runtime import use_threads
+from graphopt.tuning.worker import Unmeasurable
+
+_ROUND_SECONDS = 5e-3  # of each rival: short beside changes of the clock frequency
+_FEWEST_ROUNDS = 5
+_FLUSH = "cache_flush_cpu_non_first_arg"
+_SESSION_SECONDS = 60  # after which the server ends a candidate that hangs
+_BIG_CORES = 1  # TVM's ThreadGroup::AffinityMode
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A device behind an RPC tracker, by the key that its server registered."""
+
+    host: str
+    port: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure, for about how many seconds."""
+
+    workload: Conv2d
+    isa: str
+    threads: int
+    choice: ConvChoice
+    seconds: float
+    remote: Remote | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of the candidate and of the cost model's choice, medians of turns; ``ratio`` is the median of the turns'."""
+
+    seconds: float
+    reference: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    name: str
+    library: Any  # what tvm.compile made
+    constants: tuple[np.ndarray[Any, Any], ...]
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None) -> _Kernel:
+    function = conv2d(workload, isa, threads, choice)
+    generator = np.random.default_rng(0)
+    shape = (workload.y.channels, workload.x.channels // workload.groups, *workload.kernel)
+    integer = workload.x.dtype == "uint8"
+    weight = generator.integers(-64, 64, shape).astype(np.int8 if integer else np.float32)
+    multiplier = np.full(workload.y.channels, 1e-4, np.float32)
+    library = tvm.compile(function, target=isa.target())
+    name = str(function.attrs["global_symbol"])
+    packed = pack_conv2d(workload, isa, weight, None, multiplier, choice)
+    return _Kernel(name, library, tuple(packed))
+
+
+def _activations(layout: Layout) -> np.ndarray[Any, Any]:
+    shape = (layout.batch or 1, layout.rows, layout.columns, layout.channel_stride)
+    return np.random.default_rng(1).integers(0, 128, shape).astype(layout.dtype)
+
+
+class _Here:
+    """This machine: the compiled code is called where it is."""
+
+    def __init__(self, threads: int) -> None:
+        use_threads(threads)
+        self.device = tvm.cpu(0)
+
+    def load(self, kernel: _Kernel) -> Any:
+        return kernel.library.mod
+
+
+class _There:
+    """A device of a tracker: code is linked here and sent."""
+
+    def __init__(self, remote: Remote, threads: int, folder: Path) -> None:
+        from tvm import rpc
+
+        self.folder = folder
+        tracker = rpc.connect_tracker(remote.host, remote.port)
+        if remote.key not in tracker.summary()["queue_info"]:  # a request would wait for ever
+            raise Unmeasurable(f"no device of key {remote.key!r} is registered at the tracker")
+        self.session = tracker.request(remote.key, session_timeout=_SESSION_SECONDS)
+        configure = self.session.get_function("runtime.config_threadpool")
+        configure(_BIG_CORES, threads)
+        self.device = self.session.cpu(0)
+
+    def load(self, kernel: _Kernel) -> Any:
+        path = self.folder / f"{kernel.name}.so"
+        kernel.library.export_library(str(path))
+        self.session.upload(str(path))
+        return self.session.load_module(path.name)
+
+
+@contextlib.contextmanager
+def _device(job: Job) -> Iterator[_Here | _There]:
+    if job.remote is None:
+        yield _Here(job.threads)
+        return
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        yield _There(job.remote, job.threads, Path(folder))
+
+
+def _timer(device: _Here | _There, kernel: _Kernel, workload: Conv2d) -> Callable[[int], float]:
+    """``timer(n)``: the median seconds of ``n`` calls on cold caches."""
+    arrays = [_activations(workload.x), *kernel.constants]
+    if workload.residual is not None:
+        arrays.append(_activations(workload.residual))
+    arrays.append(_activations(workload.y))
+    arguments = [tvm.runtime.tensor(array, device.device) for array in arrays]
+    module = device.load(kernel)
+
+    def timer(calls: int) -> float:
+        evaluate = module.time_evaluator(
+            kernel.name, device.device, number=1, repeat=calls, f_preproc=_FLUSH
+        )
+        return float(statistics.median(evaluate(*arguments).results))
+
+    return timer
+
+
+def run(job: Job) -> Result:
+    """Compile both, then time them in turns. Raises ``Unmeasurable`` where it is not the candidate that fails."""
+    isa = ISAS[job.isa]
+    with contextlib.ExitStack() as stack:
+        try:
+            device = stack.enter_context(_device(job))
+            kernel = _compiled(job.workload, isa, job.threads, None)
+            reference = _timer(device, kernel, job.workload)
+            calls = max(3, int(_ROUND_SECONDS / max(reference(1), 1e-6)))
+        except Exception as error:
+            raise Unmeasurable(str(error)) from error
+        kernel = _compiled(job.workload, isa, job.threads, job.choice)
+        timers = [_timer(device, kernel, job.workload), reference]
+        turns: list[list[float]] = []
+        stop = time.perf_counter() + job.seconds
+        while len(turns) < _FEWEST_ROUNDS or time.perf_counter() < stop:
+            turns.append([timer(calls) for timer in timers])
+    ratio = statistics.median(mine / its for mine, its in turns)
+    seconds, its = (statistics.median(column) for column in zip(*turns, strict=True))
+    return Result(seconds, its, ratio)

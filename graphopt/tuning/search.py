@@ -1,0 +1,95 @@
+"""``tune``: the choices of a program's layers, looked up in a store and measured within a clock budget."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from graphopt.backends.targets import Target, resolve
+from graphopt.compiler import prepare, thread_count
+from graphopt.cpu_features import cpu_name
+from graphopt.errors import TargetError, TuneError
+from graphopt.program import Program
+from graphopt.progress import meter
+from graphopt.tuning.options import Tuning, parse_budget
+from graphopt.tuning.report import TuningReport
+from graphopt.tuning.store import Store
+
+if TYPE_CHECKING:
+    from graphopt.backends.cpu.conv_plan import ConvChoice
+    from graphopt.backends.cpu.workload import Conv2d
+
+Place = str | os.PathLike[str]
+
+
+class Search:
+    """Options checked before the work starts; ``run`` does it. ``budget`` None only looks up."""
+
+    def __init__(
+        self, target: Target, threads: int, tuning: Tuning | Place | None, budget: str | None
+    ) -> None:
+        self.target = target
+        self.threads = threads
+        self.tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
+        self.seconds = None if budget is None else parse_budget(budget)
+        if self.seconds is not None and self.tuning.rpc is None and not target.runs_here():
+            raise TargetError(
+                f"target {target.name!r} cannot be tuned here: this CPU lacks {', '.join(target.missing())}; "
+                "name a device with rpc and key"
+            )
+        if self.seconds is None and not self.tuning.path.exists():
+            raise TuneError(
+                f"the tuning store {self.tuning.path} does not exist; measure first, with tune or graphopt tune"
+            )
+
+    def run(self, program: Program) -> tuple[dict[str, ConvChoice], TuningReport]:
+        """The winners by workload key, and the report. ``program`` is what ``prepare`` made."""
+        from graphopt.backends.cpu.trial import Remote
+        from graphopt.backends.x86.isa import ISAS
+        from graphopt.tuning.tuner import Tuner
+
+        isa, tuning = ISAS[self.target.isa], self.tuning
+        remote = None
+        if tuning.rpc is not None and tuning.key is not None:
+            remote = Remote(*tuning.address, tuning.key)
+        device = cpu_name() if tuning.key is None else f"device {tuning.key}"
+        tunable = self._tunable(program)
+        with Store(tuning.path) as store:
+            tuner = Tuner(tunable, isa, self.threads, device, store, remote)
+            interrupted = False
+            if self.seconds is not None:
+                try:
+                    with meter("tuning") as progress:
+                        tuner.run(self.seconds, progress)
+                except KeyboardInterrupt:
+                    interrupted = True
+            return tuner.choices(), tuner.report(interrupted)
+
+    def _tunable(self, program: Program) -> list[tuple[Conv2d, str]]:
+        """The workloads that lowering meets, with the cost model's choices."""
+        from graphopt.backends.lower.emit import emit
+        from graphopt.backends.lower.plan import make_plan
+        from graphopt.backends.lower.step import Context
+        from graphopt.backends.x86.isa import ISAS
+
+        context = Context(program, ISAS[self.target.isa], self.threads)
+        return emit(make_plan(program), context).tunable
+
+
+def tune(
+    program: Program,
+    target: str = "native",
+    budget: str = "30s",
+    threads: int | None = None,
+    tuning: Tuning | Place | None = None,
+) -> TuningReport:
+    """Measure candidates for ``program``'s convolutions and linear layers, the longest first, and keep the results.
+
+    ``budget`` is a time like "30s" or "5m"; the next call goes on where this one stops, and Ctrl-C ends it early with nothing
+    lost (``report.interrupted``). ``tuning`` is the store's path, or a ``Tuning`` with a remote device. Afterwards
+    ``compile(..., tuning=...)`` uses what was found.
+
+    Raises ``TuneError``, and ``TargetError`` where neither this machine nor a remote device runs the target's code.
+    """
+    search = Search(resolve(target), thread_count(threads), tuning, budget)
+    return search.run(prepare(program))[1]
