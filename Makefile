@@ -56,9 +56,13 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# BENCH_ARGS="--document docs/performance.md" also renews the tables of that page.
 .PHONY: bench
-bench: setup ## every table of the documents, measured again; writes bench-out/
-	@for file in benchmarks/[a-z]*.py; do \
+bench: setup ## every kernel against the peak, whole models against peers; tables, JSON and pictures in bench-out/
+	@for command in "kernels.py" "peers.py --threads 1,2" "peers.py --isa avx2 --models resnet50,mobilenet_v2" \
+			"peers.py --batch 8 --models resnet50,mobilenet_v2" "peers.py --dynamic --models resnet50,mobilenet_v2"; do \
+		echo "== $$command"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$command $(BENCH_ARGS); done
+	@for file in $(filter-out benchmarks/kernels.py benchmarks/peers.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python "$$file"; done
 
 .PHONY: clean

@@ -1,7 +1,10 @@
-"""Times every distinct convolution of ResNet-50 and MobileNetV2 alone, as a share of the measured peak.
+"""Every distinct convolution and linear layer of the networks, timed alone, against the measured peak.
 
-``python benchmarks/kernels.py --isa avx512-vnni --network resnet50 --dtype uint8``, one thread, best of many calls on
-warm caches: what the micro-kernel reaches, not what a network feels. Depthwise layers are not in it.
+``python benchmarks/kernels.py --dtype int8 --network resnet50,minilm_l6 --output bench-out``: a table, ``kernels.json``
+and the picture ``roofline.svg``. Layers are those that the compiler lowers, with the kernels it chooses; two of equal
+shape and kind count once. One thread, best of many calls on warm caches, as a share of the peak of the same run: what
+the kernel reaches, not what a network feels. Operations are those of direct convolution (a multiply-accumulate is two),
+so that a Winograd kernel can exceed the peak; bytes are its arguments, each moved once.
 """
 
 from __future__ import annotations
@@ -9,163 +12,291 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 import tvm
 
-from graphopt.backends.cpu.conv import conv2d, pack_conv2d
-from graphopt.backends.cpu.conv_plan import plan_conv2d
+import graphopt as go
+from graphopt.backends.cpu.bandwidth import measure_bandwidths
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.peak import measure_peak
-from graphopt.backends.cpu.workload import (
-    Activation,
-    Conv2d,
-    Epilogue,
-    Layout,
-    QuantizedAdd,
-    Requantize,
-)
+from graphopt.backends.lower.emit import Lowered, emit
+from graphopt.backends.lower.plan import make_plan
+from graphopt.backends.lower.step import Context
+from graphopt.backends.targets import resolve
 from graphopt.backends.x86.isa import ISAS
+from graphopt.bench import Timing, charts, markdown, time_call
+from graphopt.bench.networks import NETWORKS
+from graphopt.bench.report import machine_name
+from graphopt.compiler import prepare
+from graphopt.errors import BenchmarkError
+from graphopt.files import atomic_write
 
-_SECONDS = 0.2  # a layer
-_REQUANTIZE = Requantize(zero_point=0, qmin=0, qmax=255)
-_ADD = QuantizedAdd(2**19, 2**19, 20, 0, 0, 0, 0, 255)
+DTYPES = {"int8": "uint8", "float32": "float32"}  # the names of the peaks
+_LARGE = 50_000_000  # multiply-accumulates from which a convolution has a goal
+_GOAL, _FLOOR = 0.85, 0.65  # of the peak: the geometric mean, and the lowest
+_COUNTED = ("conv2d", "linear")
+Array = np.ndarray[Any, Any]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("kernels")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kernel call of a lowered network: the function, its arguments' shapes, and its constants."""
+
+    network: str
+    name: str
+    layer: str
+    operator: str
+    dtype: str
+    macs: int
+    function: Any
+    constants: tuple[Array, ...]
+
+    @property
+    def buffers(self) -> list[tuple[tuple[int, ...], str]]:
+        """Shape and element type of each argument, in order."""
+        types = [parameter.ty for parameter in self.function.params]
+        return [(tuple(int(size) for size in ty.shape), str(ty.dtype)) for ty in types]
+
+    @property
+    def stem(self) -> str:
+        """The kernel's name without the hash of its epilogue's numbers."""
+        return self.name.rpartition("_")[0]
+
+    @property
+    def kind(self) -> str:
+        """The generator that made it ("conv2d", "depthwise" ...), or "linear"."""
+        return "linear" if "linear" in self.operator else self.name.partition("_")[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all arguments: what has to move at least."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.buffers)
 
 
 @dataclass(frozen=True)
 class Row:
     """One layer's result; ``share`` is of the peak of its element type."""
 
-    kernel: str
-    tile: str
-    microseconds: float
-    gops: float
-    share: float
+    layer: Layer
+    networks: tuple[str, ...]
+    timing: Timing
+    peak: float
+
+    @property
+    def gops(self) -> float:
+        return 2e-9 * self.layer.macs / self.timing.fastest
+
+    @property
+    def share(self) -> float:
+        return self.gops / self.peak
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return 2 * self.layer.macs / self.layer.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        layer = self.layer
+        named = {key: getattr(layer, key) for key in ("name", "layer", "kind", "dtype", "macs")}
+        figures = {key: getattr(self, key) for key in ("gops", "share", "intensity")}
+        timing = asdict(self.timing)
+        return {**named, "networks": self.networks, "bytes": layer.bytes, **figures, **timing}
 
 
-def layer(
-    dtype: str, size: int, channels: tuple[int, int], kernel: int, stride: int, residual: bool
-) -> Conv2d:
-    """A square layer with ReLU, its padding ``kernel // 2``; uint8 channels come in fours."""
-    pad = kernel // 2
-    out = (size + 2 * pad - kernel) // stride + 1
-    channel_stride = -(-channels[0] // 4) * 4 if dtype == "uint8" else channels[0]
-    x = Layout(1, size, size, channels[0], dtype, pad, pad, pad, pad, channel_stride)
-    y = Layout(1, out, out, channels[1], dtype)
-    epilogue = Epilogue(activation=Activation("relu"), float_residual=residual)
-    if dtype == "uint8":
-        epilogue = Epilogue(requantize=_REQUANTIZE, residual_add=_ADD if residual else None)
-    other = y if residual else None
-    square = (kernel, kernel), (stride, stride), (pad, pad)
-    return Conv2d(x, y, *square, epilogue=epilogue, residual=other)
+def lower(network: str, dtype: str, isa: Isa) -> Lowered:
+    """The network as kernel calls for one thread, as ``go.compile`` makes them."""
+    model, inputs = NETWORKS[network].model(), NETWORKS[network].inputs()
+    program = go.capture(model, inputs)
+    if dtype == "int8":
+        program = go.passes.Quantize(calibration=[inputs])(program)
+    prepared = prepare(program)
+    return emit(make_plan(prepared), Context(prepared, isa, threads=1))
 
 
-def resnet50(dtype: str) -> list[Conv2d]:
-    """The distinct convolutions of ResNet-50 (v1.5: the 3 x 3 has the stride)."""
-    layers = [layer(dtype, 224, (3, 64), 7, 2, False)]
-    channels, size = 64, 56
-    for stage, middle in enumerate((64, 128, 256, 512)):
-        stride = 1 if stage == 0 else 2
-        out = size // stride
-        layers += [
-            layer(dtype, size, (channels, middle), 1, 1, False),
-            layer(dtype, size, (middle, middle), 3, stride, False),
-            layer(dtype, size, (channels, 4 * middle), 1, stride, False),
-            layer(dtype, out, (middle, 4 * middle), 1, 1, True),
-            layer(dtype, out, (4 * middle, middle), 1, 1, False),
-            layer(dtype, out, (middle, middle), 3, 1, False),
+def layers(network: str, lowered: Lowered) -> Iterator[Layer]:
+    """The calls that are convolutions or linear layers, in order of execution."""
+    target = torch.ops.graphopt.call_kernel.default
+    nodes = [node for node in lowered.module.graph.nodes if node.target == target]
+    for node, call in zip(nodes, lowered.calls, strict=True):
+        if not any(name in call.operator for name in _COUNTED) or not call.macs:
+            continue
+        constants = [
+            lowered.module.get_parameter(str(tensor.target)).detach().numpy()
+            for tensor in node.args[0]
+            if tensor.op == "get_attr"
         ]
-        channels, size = 4 * middle, out
-    return list(dict.fromkeys(layers))
+        function = lowered.functions[call.name]
+        fields = call.name, call.layer, call.operator, call.dtype, call.macs
+        yield Layer(network, *fields, function, tuple(constants))
 
 
-def mobilenet_v2(dtype: str) -> list[Conv2d]:
-    """The distinct dense convolutions of MobileNetV2 (Sandler et al. 2018, table 2)."""
-    layers = [layer(dtype, 224, (3, 32), 3, 2, False)]
-    channels, size = 32, 112
-    table = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    )
-    for expansion, out, repeats, first_stride in table:
-        for i in range(repeats):
-            stride = first_stride if i == 0 else 1
-            hidden = channels * expansion
-            if expansion > 1:
-                layers.append(layer(dtype, size, (channels, hidden), 1, 1, False))
-            size //= stride
-            residual = stride == 1 and channels == out
-            layers.append(layer(dtype, size, (hidden, out), 1, 1, residual))
-            channels = out
-    layers.append(layer(dtype, 7, (320, 1280), 1, 1, False))
-    return list(dict.fromkeys(layers))
+def distinct(found: Iterable[Layer]) -> list[tuple[Layer, tuple[str, ...]]]:
+    """The first layer of each shape, element type and kind, with the networks that have it."""
+    groups: dict[Any, list[Layer]] = {}
+    for layer in found:
+        key = layer.stem, layer.kind, layer.dtype, tuple(layer.buffers)
+        groups.setdefault(key, []).append(layer)
+    return [
+        (group[0], tuple(dict.fromkeys(layer.network for layer in group)))
+        for group in groups.values()
+    ]
 
 
-def _arguments(workload: Conv2d, isa: Isa) -> list[tvm.runtime.Tensor]:
-    """Random arguments in physical layouts."""
+def _arguments(layer: Layer) -> list[tvm.runtime.Tensor]:
+    """Random activations around the layer's own constants: ``x, constants..., [residual], y``."""
     generator = np.random.default_rng(0)
-
-    def activations(layout: Layout) -> np.ndarray:
-        shape = (1, layout.rows, layout.columns, layout.channel_stride)
-        return generator.integers(0, 128, shape).astype(layout.dtype)
-
-    x, y = workload.x, workload.y
-    taps = (y.channels, x.channels, *workload.kernel)
-    weight_dtype = np.int8 if x.dtype == "uint8" else np.float32
-    weight = generator.integers(-64, 64, taps).astype(weight_dtype)
-    multiplier = np.full(y.channels, 1e-4, np.float32)
-    arrays = [activations(x), *pack_conv2d(workload, isa, weight, None, multiplier)]
-    if workload.residual is not None:
-        arrays.append(activations(workload.residual))
-    return [tvm.runtime.tensor(array) for array in (*arrays, activations(y))]
+    arrays = []
+    for index, (shape, dtype) in enumerate(layer.buffers):
+        if 1 <= index <= len(layer.constants):
+            arrays.append(layer.constants[index - 1].reshape(shape))
+        else:
+            arrays.append(generator.integers(0, 128, shape).astype(dtype))
+    return [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
 
 
-def measure(workload: Conv2d, isa: Isa, peak: float) -> Row:
-    """Best time of one layer on one thread."""
-    function = conv2d(workload, isa, threads=1)
-    name = str(function.attrs["global_symbol"])
-    kernel = tvm.compile(function, target=isa.target())[name]
-    arguments = _arguments(workload, isa)
-    kernel(*arguments)
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < _SECONDS:
-        before = time.perf_counter()
-        kernel(*arguments)
-        best = min(best, time.perf_counter() - before)
-    plan = plan_conv2d(workload, isa)
-    gops = 2 * workload.macs / best / 1e9
-    return Row(name, f"{plan.pixels} x {plan.vectors}", best * 1e6, gops, gops / peak)
+def time_layer(layer: Layer, isa: Isa, seconds: float) -> Timing:
+    """Compile one kernel and call it again and again."""
+    kernel = tvm.compile(layer.function, target=isa.target())[layer.name]
+    arguments = _arguments(layer)
+    return time_call(lambda: kernel(*arguments), seconds=seconds)
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Per element type and kind: the geometric mean and the lowest share of the large convolutions."""
+    lines = []
+    for dtype, kind in dict.fromkeys((row.layer.dtype, row.layer.kind) for row in rows):
+        large = [
+            row
+            for row in rows
+            if (row.layer.dtype, row.layer.kind) == (dtype, kind) and row.layer.macs >= _LARGE
+        ]
+        if not large or kind == "linear":
+            continue
+        mean = math.exp(sum(math.log(row.share) for row in large) / len(large))
+        lowest = min(large, key=lambda row: row.share)
+        direct = "" if kind == "conv2d" else " (direct-equivalent)"
+        lines.append(
+            f"{dtype} {kind}{direct}, {len(large)} convolutions with at least 50 MMAC: geometric mean "
+            f"{mean:.0%} of peak (goal {_GOAL:.0%}), lowest {lowest.share:.0%} (goal {_FLOOR:.0%}: "
+            f"{lowest.layer.stem}, {lowest.layer.layer} of {lowest.networks[0]})"
+        )
+    return lines
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A Markdown line a layer, in order of networks."""
+    titles = ["kernel", "networks", "kind", "MMAC", "kB", "ops/B", "us", "GOPS", "of peak"]
+    cells = [
+        [
+            row.layer.stem,
+            ", ".join(row.networks),
+            row.layer.kind,
+            f"{row.layer.macs / 1e6:.1f}",
+            f"{row.layer.bytes / 1e3:.0f}",
+            f"{row.intensity:.0f}",
+            f"{1e6 * row.timing.fastest:.1f}",
+            f"{row.gops:.0f}",
+            f"{row.share:.0%}",
+        ]
+        for row in rows
+    ]
+    return markdown.table(titles, cells)
+
+
+def measure(dtype: str, networks: list[str], isa: Isa, seconds: float) -> tuple[float, list[Row]]:
+    """The peak, the best of one measurement before each network, and a row a layer."""
+    found: list[Layer] = []
+    for network in networks:
+        log.info("lowering %s %s", network, dtype)
+        found += layers(network, lower(network, dtype, isa))
+    kept = [(layer, names) for layer, names in distinct(found) if layer.dtype == dtype]
+    peak, timed = 0.0, []
+    for index, (layer, names) in enumerate(kept):
+        if index % 16 == 0:
+            log.info("timing %s: %d of %d", dtype, index, len(kept))
+            peak = max(peak, measure_peak(isa, DTYPES[dtype]))
+        timed.append((layer, names, time_layer(layer, isa, seconds)))
+    return peak, [Row(*result, peak) for result in timed]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--isa", choices=("native", *ISAS), default="native")
+    parser.add_argument("--network", default=",".join(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
+    parser.add_argument("--seconds", type=float, default=0.1, help="measuring time of each layer")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--output", type=Path, default=Path("bench-out"))
+    parser.add_argument("--document", type=Path, help="a Markdown file whose section to renew")
+    return parser
 
 
 def main() -> None:
-    """Print a table, or JSON with ``--json``."""
-    networks = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2}
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isa", choices=ISAS, default="avx512-vnni")
-    parser.add_argument("--network", choices=networks, default="resnet50")
-    parser.add_argument("--dtype", choices=("uint8", "float32"), default="uint8")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    isa = ISAS[options.isa]
-    peak = measure_peak(isa, options.dtype)
-    rows = [measure(workload, isa, peak) for workload in networks[options.network](options.dtype)]
-    if options.json:
-        logger.info(json.dumps({"peak_gops": peak, "kernels": [vars(row) for row in rows]}))
-        return
-    logger.info("%s %s peak: %.0f GOPS", isa.name, options.dtype, peak)
-    for row in rows:
-        figures = f"{row.microseconds:9.1f} us {row.gops:6.0f} GOPS {row.share:5.0%}"
-        logger.info("%-50s %7s %s", row.kernel, row.tile, figures)
+    options = _parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    isa = ISAS[resolve("native").isa if options.isa == "native" else options.isa]
+    networks = options.network.split(",")
+    for network in networks:
+        if network not in NETWORKS:
+            raise BenchmarkError(f"unknown network {network!r}; known are {', '.join(NETWORKS)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    bandwidths = measure_bandwidths(isa)
+    dtypes = list(DTYPES) if options.dtype == "both" else [options.dtype]
+    measured = {dtype: measure(dtype, networks, isa, options.seconds) for dtype in dtypes}
+    peaks = {dtype: peak for dtype, (peak, _) in measured.items()}
+    rows = [row for _, found in measured.values() for row in found]
+    body = {
+        "machine": machine_name(),
+        "isa": isa.name,
+        "peaks_gops": peaks,
+        "bandwidths_gb_s": bandwidths,
+        "kernels": [row.to_json() for row in rows],
+        "summary": summary(rows),
+    }
+    with atomic_write(options.output / "kernels.json") as file:
+        file.write(json.dumps(body, indent=1).encode())
+    picture = [
+        (
+            charts.Roofs(f"{dtype}, {isa.name}", peak, bandwidths),
+            [charts.Point(row.intensity, row.gops, row.layer.kind) for row in found],
+        )
+        for dtype, (peak, found) in measured.items()
+    ]
+    charts.roofline(options.output / "roofline.svg", picture)
+    head, tail = _header(isa, peaks, bandwidths), [f"- {line}" for line in summary(rows)]
+    if options.document is not None:
+        section = "kernels" if isa.name == resolve("native").isa else f"kernels {isa.name}"
+        folded = [line for dtype, (_, found) in measured.items() for line in _folded(dtype, found)]
+        markdown.replace_section(options.document, section, [*head, *tail, "", *folded])
+    shown = [line for _, found in measured.values() for line in (*table(found), "")]
+    print(json.dumps(body) if options.json else "\n".join([*head, *shown, *tail]).strip())
+
+
+def _folded(dtype: str, rows: list[Row]) -> list[str]:
+    """A table that a page shows when it is asked to."""
+    title = f"<summary>{len(rows)} kernels, {dtype}</summary>"
+    return ["<details>", title, "", *table(rows), "", "</details>", ""]
+
+
+def _header(isa: Isa, peaks: dict[str, float], bandwidths: dict[str, float]) -> list[str]:
+    """How it was measured, and the roofs."""
+    roofs = [f"{dtype} {peak:.0f} GOPS" for dtype, peak in peaks.items()]
+    roofs += [f"{memory} {rate:.0f} GB/s" for memory, rate in bandwidths.items()]
+    command = markdown.command_line("benchmarks/kernels.py")
+    machine = markdown.machine_line(machine_name())
+    return ["", command, "", f"{machine}; {isa.name}: {', '.join(roofs)}.", ""]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Each gets ``threads`` threads and the same inputs, and is timed in turns with our sessions in one process.
 Int8 is each tool's own recipe: ONNX Runtime ``quantize_static`` (QDQ, weights per channel, activations
-uint8), OpenVINO ``nncf.quantize``. They run what ``torch.onnx`` exports from the model.
+uint8) or ``quantize_dynamic``, OpenVINO ``nncf.quantize``. They run what ``torch.onnx`` exports from the model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from graphopt.bench.timing import time_interleaved
 from graphopt.errors import BenchmarkError
 
 _LOG = logging.getLogger(__name__)
+_PAUSE = 0.03  # ONNX Runtime's threads spin for some 15 ms after a run, on the cores of whoever comes next
 
 Call = Callable[[], Any]
 Arrays = tuple[np.ndarray[Any, Any], ...]
@@ -35,13 +36,17 @@ Arrays = tuple[np.ndarray[Any, Any], ...]
 
 @dataclass(frozen=True)
 class Subject:
-    """What all peers run: a float ``nn.Module``, its inputs, calibration batches, a folder to work in."""
+    """What all peers run: a float ``nn.Module``, its inputs, calibration batches, a folder to work in.
+
+    ``is_transformer`` has OpenVINO's quantizer look for attention.
+    """
 
     model: Any
     inputs: Arrays
     calibration: Sequence[Arrays]
     threads: int
     folder: Path
+    is_transformer: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -113,9 +118,18 @@ def _onnxruntime(subject: Subject) -> Call:
     return _run_onnx(subject, subject.onnx())
 
 
+def _prepared_onnx(subject: Subject) -> Path:
+    """The model as ONNX Runtime's quantizers want it: shapes inferred, constants folded."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = subject.folder / "prepared.onnx"
+    if not path.exists():
+        quant_pre_process(str(subject.onnx()), str(path), skip_symbolic_shape=True)
+    return path
+
+
 def _onnxruntime_int8(subject: Subject) -> Call:
     from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     batches = iter([subject.feed(arrays) for arrays in subject.calibration])
 
@@ -123,15 +137,27 @@ def _onnxruntime_int8(subject: Subject) -> Call:
         def get_next(self) -> Any:
             return next(batches, None)
 
-    prepared, path = subject.folder / "prepared.onnx", subject.folder / "int8.onnx"
-    quant_pre_process(str(subject.onnx()), str(prepared), skip_symbolic_shape=True)
+    path = subject.folder / "int8.onnx"
     quantization.quantize_static(
-        str(prepared),
+        str(_prepared_onnx(subject)),
         str(path),
         Reader(),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    return _run_onnx(subject, path)
+
+
+def _onnxruntime_dynamic(subject: Subject) -> Call:
+    from onnxruntime import quantization
+
+    path = subject.folder / "dynamic.onnx"
+    quantization.quantize_dynamic(
+        str(_prepared_onnx(subject)),
+        str(path),
+        per_channel=True,
         weight_type=quantization.QuantType.QInt8,
     )
     return _run_onnx(subject, path)
@@ -168,7 +194,9 @@ def _openvino_int8(subject: Subject) -> Call:
     import nncf
 
     dataset = nncf.Dataset(list(subject.calibration), list)
-    return _run_openvino(subject, nncf.quantize(_read_openvino(subject), dataset))
+    kind = nncf.ModelType.TRANSFORMER if subject.is_transformer else None
+    quantized = nncf.quantize(_read_openvino(subject), dataset, model_type=kind)
+    return _run_openvino(subject, quantized)
 
 
 @dataclass(frozen=True)
@@ -189,6 +217,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         "torch.compile": Peer(("torch",), False, _torch_compile),
         "onnxruntime": Peer(_ONNX, False, _onnxruntime),
         "onnxruntime-int8": Peer(_ONNX, True, _onnxruntime_int8),
+        "onnxruntime-dynamic": Peer(_ONNX, False, _onnxruntime_dynamic),
         "openvino": Peer(_OPENVINO, False, _openvino),
         "openvino-int8": Peer((*_OPENVINO, "nncf"), True, _openvino_int8),
     }
@@ -264,6 +293,7 @@ def compare(
     threads: int = 1,
     seconds: float = 2.0,
     progress: Callable[[float], None] = lambda _share: None,
+    is_transformer: bool = False,
 ) -> Comparison:
     """Time ``ours`` and the peers called ``names`` on a float ``model``, in turns, on ``threads`` threads.
 
@@ -274,7 +304,8 @@ def compare(
     check_peers(names, bool(calibration))
     module = getattr(model, "graph_module", model)
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder, _torch_threads():
-        subject = Subject(module, inputs, calibration, threads, Path(folder))
+        subject = Subject(module, inputs, calibration, threads, Path(folder), is_transformer)
         calls, failures = _prepared(names, subject)
-        timings = time_interleaved({**ours, **calls}, seconds, progress)
+        pause = _PAUSE if threads > 1 else 0.0
+        timings = time_interleaved({**ours, **calls}, seconds, progress, pause)
     return Comparison(timings, failures, _versions(names), threads, machine_name())

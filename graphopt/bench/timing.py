@@ -91,11 +91,13 @@ def time_interleaved(
     calls: Mapping[str, Callable[[], object]],
     seconds: float = 2.0,
     progress: Callable[[float], None] = lambda _share: None,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time rivals in turns: each gets bursts of 20 ms until each has had ``seconds``.
 
-    The first call of a burst, which finds the caches full of the rival's data, is not counted.
-    ``progress`` is told the share that is done. Raises ``BenchmarkError`` for a budget without a run.
+    The first call of a burst, which finds the caches full of the rival's data, is not counted. ``pause`` seconds stand
+    before each burst, for thread pools that spin on after their work. ``progress`` is told the share that is done.
+    Raises ``BenchmarkError`` for a budget without a run.
     """
     _check_budget(None, seconds)
     samples: dict[str, list[int]] = {name: [] for name in calls}
@@ -106,6 +108,7 @@ def time_interleaved(
             call()
         while any(spent[name] < budget or len(samples[name]) < _LEAST_RUNS for name in calls):
             for name, call in calls.items():
+                time.sleep(pause)
                 spent[name] += _burst(call, samples[name])
             progress(min(1.0, min(spent.values()) / budget))
     return {name: Timing.of(times) for name, times in samples.items()}

@@ -55,6 +55,21 @@ def test_a_peer_runs_the_model(name: str, tolerance: float, tmp_path: Any) -> No
     assert error <= tolerance
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["onnxruntime-dynamic", "openvino-int8"])
+def test_int8_peers_run_linear_layers_of_a_transformer(name: str, tmp_path: Any) -> None:
+    _requires(name)
+    torch.manual_seed(0)
+    linears = torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)
+    model = torch.nn.Sequential(*linears).eval()
+    wanted = model(torch.from_numpy(_X[0])).detach().numpy()
+    subject = Subject(model, _X, [_X] * 3, 1, tmp_path, is_transformer=True)
+    with peers._quiet():
+        result = np.asarray(next(iter(_outputs(PEERS[name].prepare(subject)()))))
+    # Int8 peers quantize to 1 part in 127, twice here.
+    assert 0 < np.abs(result - wanted).max() / np.abs(wanted).max() <= 0.1
+
+
 def _outputs(result: Any) -> Any:
     return result.values() if hasattr(result, "values") else result
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,14 @@ def test_rivals_take_turns_and_every_one_is_timed() -> None:
     assert turns == (["a", "b", "c"] * len(turns))[: len(turns)]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+def test_a_pause_stands_before_every_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    monkeypatch.setattr(time, "sleep", order.append)
+    time_interleaved({"a": lambda: order.append("a")}, seconds=0.03, pause=0.25)
+    turns = [entry for entry, _ in itertools.groupby(order[1:])]
+    assert turns[:4] == [0.25, "a", 0.25, "a"]
 
 
 def test_a_failing_call_leaves_the_garbage_collector_on() -> None:
