@@ -27,9 +27,12 @@ class Isa:
     lanes: int  # 32-bit lanes of a vector
     registers: int
     dot_intrinsic: str
+    pair_intrinsic: str  # of int16 pairs; adds to its first operand where dot_intrinsic does
     dot_group: int
     dot_accumulates: bool
     fma: bool
+    pack_words: str  # two vectors of int32 to int16, saturating, by 128-bit parts
+    pack_bytes: str  # two vectors of int16 to uint8, likewise
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 512 * 1024
 

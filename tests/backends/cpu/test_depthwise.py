@@ -111,7 +111,7 @@ def check(workload: Conv2d, row, threads: int = 1, batch: int = 1) -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride"),
-    [(24, 3, 1), (40, 5, 2), (3, 3, 2), (16, 7, 1)],
+    [(24, 3, 1), (40, 5, 2), (3, 3, 2), (16, 7, 1), (96, 3, 2), (144, 3, 1), (72, 5, 1)],
 )
 def test_shapes_of_real_networks(row, dtype, channels, kernel, stride):
     padding = kernel // 2
@@ -134,7 +134,7 @@ def test_epilogues(row, dtype, epilogue):
 
 @given(
     st.sampled_from(["uint8", "uint8", "float32"]),
-    st.tuples(st.integers(1, 3), st.integers(1, 50), st.integers(1, 12), st.integers(1, 20)),
+    st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(1, 12), st.integers(1, 20)),
     st.tuples(st.integers(1, 7), st.integers(1, 7)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(st.integers(0, 4), st.integers(0, 4)),
