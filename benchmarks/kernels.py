@@ -13,7 +13,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,24 @@ def _arguments(layer: Layer) -> list[tvm.runtime.Tensor]:
     return [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
 
 
-def time_layer(layer: Layer, isa: Isa, seconds: float) -> Timing:
-    """Compile one kernel and call it again and again."""
+def build(layer: Layer, isa: Isa) -> Callable[[], object]:
+    """One kernel compiled, as a call on its arguments."""
     kernel = tvm.compile(layer.function, target=isa.target())[layer.name]
     arguments = _arguments(layer)
-    return time_call(lambda: kernel(*arguments), seconds=seconds)
+    return lambda: kernel(*arguments)
+
+
+def time_calls(
+    calls: list[Callable[[], object]], isa: Isa, dtype: str, seconds: float
+) -> tuple[float, list[Timing]]:
+    """The peak, the best of one measurement before every 16th call, and the time of each call."""
+    peak, timings = 0.0, []
+    for index, call in enumerate(calls):
+        if index % 16 == 0:
+            log.info("timing %s: %d of %d", dtype, index, len(calls))
+            peak = max(peak, measure_peak(isa, DTYPES[dtype]))
+        timings.append(time_call(call, seconds=seconds))
+    return peak, timings
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -213,19 +226,15 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def measure(dtype: str, networks: list[str], isa: Isa, seconds: float) -> tuple[float, list[Row]]:
-    """The peak, the best of one measurement before each network, and a row a layer."""
+    """The peak, and a row for each distinct layer of the networks; all are compiled before the first is timed."""
     found: list[Layer] = []
     for network in networks:
         log.info("lowering %s %s", network, dtype)
         found += layers(network, lower(network, dtype, isa))
     kept = [(layer, names) for layer, names in distinct(found) if layer.dtype == dtype]
-    peak, timed = 0.0, []
-    for index, (layer, names) in enumerate(kept):
-        if index % 16 == 0:
-            log.info("timing %s: %d of %d", dtype, index, len(kept))
-            peak = max(peak, measure_peak(isa, DTYPES[dtype]))
-        timed.append((layer, names, time_layer(layer, isa, seconds)))
-    return peak, [Row(*result, peak) for result in timed]
+    calls = [build(layer, isa) for layer, _ in kept]
+    peak, timings = time_calls(calls, isa, dtype, seconds)
+    return peak, [Row(*item, timing, peak) for item, timing in zip(kept, timings, strict=True)]
 
 
 def _parser() -> argparse.ArgumentParser:

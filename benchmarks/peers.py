@@ -1,7 +1,7 @@
 """Whole models against other runtimes, interleaved in one process: float32 and int8, the same threads and inputs.
 
 ``python benchmarks/peers.py --models resnet50,minilm_l6 --threads 1,2 --seconds 2 --output bench-out``: tables,
-``peers.json`` and ``peers.svg``. A ratio is the median of the better of ONNX Runtime and OpenVINO in the same precision
+``peers.json`` and a bar chart a setting (``peers-batch-1.svg``). A ratio is the median of the better of ONNX Runtime and OpenVINO in the same precision
 over ours: above 1 we are faster. Weights are random where only the shapes matter for speed, calibration is one batch of
 noise. Finished models are kept in the JSON file: an interrupted run goes on where it stopped, ``--fresh`` starts over.
 

@@ -46,16 +46,19 @@ def bar_chart(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5 * len(panels), 5.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, models) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (title, models) in zip(axes, panels.items(), strict=False):
         _bars(axis, title, models)
     _save(figure, path)
 
 
 def _bars(axis: Axes, title: str, models: Mapping[str, Mapping[str, float]]) -> None:
-    rivals = list(dict.fromkeys(rival for latencies in models.values() for rival in latencies))
-    others = [rival for rival in rivals if rival != "graphopt"]
+    named = dict.fromkeys(rival for latencies in models.values() for rival in latencies)
+    others = [rival for rival in named if rival != "graphopt"]
+    rivals = ["graphopt", *others]
     colours = {"graphopt": _OURS, **{r: _OTHERS[i % len(_OTHERS)] for i, r in enumerate(others)}}
     height = 0.8 / len(rivals)
     for place, rival in enumerate(rivals):
@@ -72,11 +75,11 @@ def _bars(axis: Axes, title: str, models: Mapping[str, Mapping[str, float]]) -> 
         axis.bar_label(drawn, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
     axis.set_yticks(range(len(models)), list(models))
     axis.invert_yaxis()
-    axis.set_xscale("log")
     axis.axvline(1.0, color=_OURS, linewidth=1)
-    axis.set_xlabel("latency, graphopt = 1 (logarithmic; longer bars are slower)")
+    axis.margins(x=0.1)
+    axis.set_xlabel("latency, graphopt = 1 (longer bars are slower)")
     axis.set_title(title, loc="left", fontweight="bold")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=len(rivals))
     axis.spines[["top", "right"]].set_visible(False)
 
 

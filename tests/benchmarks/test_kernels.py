@@ -75,9 +75,12 @@ def test_layers_of_one_shape_count_once_with_all_their_networks() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
-def test_a_found_layer_runs(dtype: str) -> None:
-    for layer in _layers(dtype):
-        assert kernels.time_layer(layer, _ISA, seconds=1e-9).runs >= 5
+def test_found_layers_run_beside_the_peak(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measure_peak", lambda isa, name: 5.0)
+    calls = [kernels.build(layer, _ISA) for layer in _layers(dtype)]
+    peak, timings = kernels.time_calls(calls, _ISA, dtype, seconds=1e-9)
+    assert peak == 5.0
+    assert [timing.runs for timing in timings] == [5] * len(calls)
 
 
 def _row(name: str, macs: int, share: float, dtype: str = "int8") -> Row:
