@@ -179,6 +179,16 @@ def dot(isa: Isa, accumulator: Expr, x: list[Expr], weights: list[Expr]) -> Expr
     return accumulator
 
 
+def dot_pairs(isa: Isa, accumulator: Expr, x: Expr, weights: Expr) -> Expr:
+    """``accumulator + sum over 2 channels of x * weight`` modulo 2**32; both are int32 vectors of int16 pairs."""
+    pairs = vector("int16", 2 * isa.lanes)
+    left, right = T.reinterpret(pairs, x), T.reinterpret(pairs, weights)
+    dtype = vector("int32", isa.lanes)
+    if isa.dot_accumulates:
+        return intrinsic(dtype, isa.pair_intrinsic, accumulator, left, right)
+    return accumulator + intrinsic(dtype, isa.pair_intrinsic, left, right)
+
+
 class Accumulators:
     """``rows`` x ``columns`` vectors that LLVM keeps in registers: buffers under 1,024 bytes, constant indices only."""
 
