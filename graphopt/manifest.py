@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class ManifestError(ValueError):
@@ -61,6 +61,15 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class WeightTransform:
+    """A weight that the file holds in another, smaller form: ``function`` of ``model.so`` makes ``result`` of it at loading."""
+
+    weight: str
+    function: str
+    result: TensorSpec
+
+
+@dataclass(frozen=True)
 class Peak:
     """A function in ``model.so`` that does ``macs`` at the machine's full rate on these tensors."""
 
@@ -81,6 +90,7 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     output_structure: Any = 0
     weights: tuple[str, ...] = ()
+    weight_transforms: tuple[WeightTransform, ...] = ()
     entry: str = "main"
     threads: int = 1
     kernels: tuple[Kernel, ...] = ()
@@ -135,6 +145,10 @@ def _peak(value: Mapping[str, Any]) -> Peak:
     return Peak(**{**value, "arguments": tuple(_spec(item) for item in value["arguments"])})
 
 
+def _transform(value: Mapping[str, Any]) -> WeightTransform:
+    return WeightTransform(**{**value, "result": _spec(value["result"])})
+
+
 def check_structure(structure: Any, count: int) -> None:
     """Raise ``ManifestError`` unless every leaf of an output structure is one of ``count`` outputs."""
     if type(structure) is int and 0 <= structure < count:
@@ -159,6 +173,7 @@ def from_json(body: Mapping[str, Any]) -> Manifest:
             ("inputs", _spec),
             ("outputs", _spec),
             ("peaks", _peak),
+            ("weight_transforms", _transform),
             ("kernels", lambda item: Kernel(**item)),
         ):
             values[key] = tuple(read(item) for item in values[key])

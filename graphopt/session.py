@@ -172,13 +172,30 @@ class Session:
         self.threads = min(wanted, available_cpus())
         if self.threads < wanted:
             _LOG.warning("running on %d threads, not %d: no more CPUs", self.threads, wanted)
-        self._weights = tuple(self._bind(weight) for weight in artifact.weights.values())
         self.library = _map_library(artifact.library)
+        self._weights = self._load(artifact.weights)
         self._idle = [self._machine()]
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{spec.name}: {spec.describe()}" for spec in self.manifest.inputs)
         return f"Session({inputs}; {self.manifest.target}, {self.threads} threads)"
+
+    def _load(self, weights: Mapping[str, Array]) -> tuple[Any, ...]:
+        """The weights as arguments, those in another form in the file transformed."""
+        tensors = {name: self._bind(weight) for name, weight in weights.items()}
+        for transform in self.manifest.weight_transforms:
+            result = transform.result
+            sizes = tuple(size for size in result.shape if isinstance(size, int))
+            made = self._bind(aligned_empty(sizes, np.dtype(result.dtype)))
+            try:
+                function = self.library.get_function(transform.function, query_imports=True)
+            except AttributeError as error:
+                raise ArtifactError(
+                    f"the weight transform {transform.function!r} is not in model.so; compile the model again"
+                ) from error
+            function(tensors[transform.weight], made)
+            tensors[transform.weight] = made
+        return tuple(tensors.values())
 
     @staticmethod
     def _bind(weight: Array) -> Any:

@@ -55,10 +55,21 @@ class Context:
 
 
 @dataclass(frozen=True)
+class LoadTransform:
+    """A function on ``stored, constant`` that a session runs once: the constant (``size`` of ``dtype``) is in no file."""
+
+    name: str
+    function: Any
+    size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark.
 
-    ``tunable`` is its workload, where tuning has other choices for it.
+    ``tunable`` is its workload, where tuning has other choices for it. The first constant is what ``load_transform``
+    makes of the stored one, where there is one.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Kernel:
     constants: tuple[np.ndarray[Any, Any], ...] = ()
     macs: int = 0
     tunable: Conv2d | None = None
+    load_transform: LoadTransform | None = None
 
 
 class Step(ABC):
