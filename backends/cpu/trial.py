@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 import statistics
 import tempfile
 import time
@@ -26,11 +27,12 @@ from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.x86.isa import ISAS
 from graphopt.runtime import use_threads
-from graphopt.tuning.worker import Unmeasurable
+from graphopt.tuning.protocol import Unmeasurable
 
 _ROUND_SECONDS = 5e-3  # of each rival: short beside changes of the clock frequency
 _FEWEST_ROUNDS = 5
 _FLUSH = "cache_flush_cpu_non_first_arg"
+_CONNECT_SECONDS = 5.0
 _SESSION_SECONDS = 60  # after which the server ends a candidate that hangs
 _BIG_CORES = 1  # TVM's ThreadGroup::AffinityMode
 
@@ -109,6 +111,7 @@ class _There:
         from tvm import rpc
 
         self.folder = folder
+        _check_tracker(remote)
         tracker = rpc.connect_tracker(remote.host, remote.port)
         if remote.key not in tracker.summary()["queue_info"]:  # a request would wait for ever
             raise Unmeasurable(f"no device of key {remote.key!r} is registered at the tracker")
@@ -122,6 +125,15 @@ class _There:
         kernel.library.export_library(str(path))
         self.session.upload(str(path))
         return self.session.load_module(path.name)
+
+
+def _check_tracker(remote: Remote) -> None:
+    """Where nothing listens, TVM's client tries again for minutes."""
+    try:
+        socket.create_connection((remote.host, remote.port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        place = f"{remote.host}:{remote.port}"
+        raise Unmeasurable(f"no RPC tracker answers at {place} ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from graphopt.errors import TuneError
-from graphopt.tuning.worker import READY
+from graphopt.tuning.protocol import READY
 
 COMMAND = (sys.executable, "-m", "graphopt.tuning.worker")
 

@@ -24,9 +24,9 @@ from graphopt.backends.cpu.trial import Job, Remote
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.errors import TuneError
 from graphopt.tuning.child import Child, WorkerDied
+from graphopt.tuning.protocol import Failure
 from graphopt.tuning.report import TunedLayer, TuningReport
 from graphopt.tuning.store import Key, Store, Trial
-from graphopt.tuning.worker import Failure
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,10 +57,11 @@ class Layer:
         return statistics.median(times) if times else None
 
     def ratios(self) -> dict[str, list[float]]:
-        """Measured time over the cost model's, by choice."""
+        """Measured time over the cost model's, by choice, of those that never failed."""
+        bad = {trial.choice for trial in self.trials if trial.outcome != "measured"}
         found: dict[str, list[float]] = {}
         for trial in self.trials:
-            if trial.ratio is not None:
+            if trial.ratio is not None and trial.choice not in bad:
                 found.setdefault(trial.choice, []).append(trial.ratio)
         return found
 
@@ -189,16 +190,13 @@ class Tuner:
         self._file(layer, _trial(text, answer))
 
     def _file(self, layer: Layer, trial: Trial) -> None:
-        if trial.outcome != "measured":
-            _LOG.warning(
-                "tuning: a candidate of %s %s: %s (%s)",
-                layer.names[0],
-                trial.outcome,
-                trial.note,
-                trial.choice,
-            )
         self.store.add(layer.key, trial, repr(layer.workload))
         layer.trials.append(trial)
+        name = layer.names[0]
+        if trial.ratio is None:
+            _LOG.warning("tuning: %s: %s %s: %s", name, trial.choice, trial.outcome, trial.note)
+        else:
+            _LOG.info("tuning: %s: %s takes %.3f of the time", name, trial.choice, trial.ratio)
 
     def report(self, interrupted: bool = False) -> TuningReport:
         """Where the layers stand."""

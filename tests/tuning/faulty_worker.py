@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from graphopt.tuning.worker import Unmeasurable, serve
+from graphopt.tuning.protocol import Unmeasurable, serve
 
 sys.modules["torch"] = None  # type: ignore[assignment]  # as in the real worker: TVM imports it where it can
 

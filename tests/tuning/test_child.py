@@ -11,7 +11,7 @@ from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.trial import Job, Result
 from graphopt.errors import TuneError
 from graphopt.tuning.child import Child, WorkerDied
-from graphopt.tuning.worker import Failure
+from graphopt.tuning.protocol import Failure
 from tests.backends.cpu.conv_harness import conv_workload
 
 FAULTY = (sys.executable, "-m", "tests.tuning.faulty_worker")

@@ -8,7 +8,7 @@ from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.trial import Job, run
 from graphopt.backends.cpu.workload import Epilogue
 from graphopt.errors import CompileError
-from graphopt.tuning.worker import Unmeasurable
+from graphopt.tuning.protocol import Unmeasurable
 from tests.backends.cpu.conv_harness import REQUANTIZE, RESIDUAL_ADD, conv_workload
 from tests.backends.cpu.stream_harness import ROWS
 
