@@ -56,7 +56,8 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# BENCH_ARGS="--document docs/performance.md" also renews the tables of that page.
+# BENCH_ARGS="--document docs/performance.md" also renews the tables of that page. An interrupted run goes on where it
+# stopped; remove bench-out/ to measure models again.
 .PHONY: bench
 bench: setup ## every kernel against the peak, whole models against peers; tables, JSON and pictures in bench-out/
 	@for command in "kernels.py" "peers.py --threads 1,2" "peers.py --isa avx2 --models resnet50,mobilenet_v2" \

@@ -1,9 +1,10 @@
 """Whole models against other runtimes, interleaved in one process: float32 and int8, the same threads and inputs.
 
 ``python benchmarks/peers.py --models resnet50,minilm_l6 --threads 1,2 --seconds 2 --output bench-out``: tables,
-``peers.json`` and a bar chart a setting (``peers-batch-1.svg``). A ratio is the median of the better of ONNX Runtime and OpenVINO in the same precision
-over ours: above 1 we are faster. Weights are random where only the shapes matter for speed, calibration is one batch of
-noise. Finished models are kept in the JSON file: an interrupted run goes on where it stopped, ``--fresh`` starts over.
+``peers.json`` and a bar chart a setting (``peers-batch-1.svg``). A ratio is the median of the better of ONNX Runtime and
+OpenVINO in the same precision over ours: above 1 we are faster. Weights are random where only the shapes matter for
+speed, calibration is one batch of noise. Finished models are kept in the JSON file: an interrupted run goes on where it
+stopped; ``--fresh`` measures them again.
 
 ``--isa avx2`` compiles ours for that row and limits the peers that can be limited; ``--batch 8`` counts milliseconds an
 image; ``--dynamic`` compares our batch 1, batch 8 and batch range with each other.
@@ -269,11 +270,11 @@ def main() -> None:
     check_peers(peers, calibrated=True)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "peers.json"
-    results = {} if options.fresh or not path.exists() else json.loads(path.read_text())
+    results = json.loads(path.read_text()) if path.exists() else {}
     keys = [f"{s.key} dynamic" if options.dynamic else s.key for s in settings]
     for setting, key in zip(settings, keys, strict=True):
         wanted = [] if options.dynamic else peers_of(setting.model, peers)
-        if is_finished(results.get(key), wanted):
+        if is_finished(results.get(key), wanted) and not options.fresh:
             continue
         log.info("measuring %s", key)
         if options.dynamic:

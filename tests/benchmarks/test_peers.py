@@ -146,6 +146,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert set(json.loads((tmp_path / "peers.json").read_text())) == set(measured)
     _run(monkeypatch, tmp_path, "--models", "vgg16", "--fresh")
     assert measured[4:] == ["vgg16 native batch 1 threads 1"]
+    assert len(json.loads((tmp_path / "peers.json").read_text())) == 4
     assert (tmp_path / "peers-batch-1.svg").read_text().startswith("<?xml")
 
 
