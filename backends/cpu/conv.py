@@ -58,7 +58,8 @@ def _shape(layout: Layout, batch: Expr) -> tuple[Expr, ...]:
 
 def _pixel(layout: Layout, image: Expr, row: Expr, column: Expr) -> Expr:
     """Offset of the first channel of a pixel; row and column count from the physical corner."""
-    return ((image * layout.rows + row) * layout.columns + column) * layout.channel_stride
+    pixel = (image * layout.rows + row) * layout.columns + column
+    return pixel * layout.channel_stride + layout.first_channel
 
 
 class _Kernel:

@@ -249,7 +249,8 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
     in_channels = x.channels // groups
     out_channels = y.channels // groups
     kh, kw = workload.kernel
-    merged = groups == 1 and kw > 1 and workload.dilation[1] == 1 and x.channel_stride % step == 0
+    adjacent = kw > 1 and workload.dilation[1] == 1 and not x.shared
+    merged = groups == 1 and adjacent and x.channel_stride % step == 0
     padded = -(-in_channels // step) * step
     span = in_channels
     if groups == 1 and padded <= x.channel_stride:

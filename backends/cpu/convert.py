@@ -115,7 +115,7 @@ def _to_nhwc(workload: Convert, x: View, y: View, lanes: int, bits: int, threads
     """Rows of pixels, ``lanes`` at a time: a vector a channel in, groups of channels a pixel out."""
     layout, apply = y.layout, _map(workload)
     channels, stride = layout.channels, layout.channel_stride
-    packed = channels <= GROUP and stride <= GROUP
+    packed = channels <= GROUP and stride <= GROUP and not layout.shared
 
     def body(image: Expr, row: Expr) -> None:
         def emit(column: Expr, width: int) -> None:
@@ -156,7 +156,7 @@ def _to_nchw(workload: Convert, x: View, y: View, lanes: int, bits: int, threads
     """Rows of pixels, ``lanes`` at a time: groups of channels a pixel in, a vector a channel out."""
     layout, apply = x.layout, _map(workload)
     channels, stride = layout.channels, layout.channel_stride
-    packed = channels <= GROUP and stride <= GROUP
+    packed = channels <= GROUP and stride <= GROUP and not layout.shared
 
     def body(image: Expr, row: Expr) -> None:
         def emit(column: Expr, width: int) -> None:

@@ -221,7 +221,7 @@ class _Kernel:
             columns(block, block * plan.lanes)
         if plan.channels % plan.lanes:
             columns(whole, plan.channels - plan.lanes)
-        if self.y.layout.channel_stride > plan.channels:
+        if self.y.layout.pad_channels:
             with T.serial(0, plan.rows) as r, T.serial(0, width) as column:
                 pixel = bind(self.y.at(image, row + r, column))
                 fill_pad_channels(self.y, pixel, self.isa.vector_bytes)

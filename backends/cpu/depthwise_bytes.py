@@ -82,7 +82,7 @@ class ByteKernel:
             self.stretch(image, row, _Tile(blocks[0], number, number * size))
         for index in range(len(alike), len(blocks)):
             self.stretch(image, row, _Tile(blocks[index], index, blocks[index].start))
-        if self.y.layout.channel_stride > self.y.layout.channels:
+        if self.y.layout.pad_channels:
             with T.serial(0, self.plan.rows) as r, T.serial(0, width) as column:
                 pixel = bind(self.y.at(image, row + r, column))
                 fill_pad_channels(self.y, pixel, self.isa.vector_bytes)

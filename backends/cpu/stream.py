@@ -59,7 +59,11 @@ class View:
             return line * layout.width + column
         line = image * layout.rows + (row + layout.top)
         pixel = line * layout.columns + (column + layout.left)
-        return pixel * layout.channel_stride + channel
+        return pixel * layout.channel_stride + layout.first_channel + channel
+
+    def margin(self, image: Expr, row: Expr, column: Expr) -> Expr:
+        """Offset of a position in the margins: the first channel in memory, whosever it is."""
+        return self.at(image, row, column, -self.layout.first_channel)
 
     def load(self, offset: Expr, lanes: int) -> Expr:
         """``lanes`` neighbouring elements (a scalar where ``lanes`` is 1)."""
@@ -131,8 +135,7 @@ def fill(view: View, offset: Expr, count: int, vector_bytes: int) -> None:
 def fill_pad_channels(view: View, pixel: Expr, vector_bytes: int) -> None:
     """Write the fill behind the last channel of the pixel that starts at ``pixel``."""
     layout = view.layout
-    pad = layout.channel_stride - layout.channels
-    fill(view, pixel + layout.channels, pad, vector_bytes)
+    fill(view, pixel + layout.channels, layout.pad_channels, vector_bytes)
 
 
 def for_rows(
@@ -153,22 +156,22 @@ def for_rows(
 
     def beside(image: Expr, row: Expr) -> None:
         stride = layout.channel_stride
-        fill(y, y.at(image, row, -layout.left), layout.left * stride, vector_bytes)
-        fill(y, y.at(image, row, layout.width), layout.right * stride, vector_bytes)
+        fill(y, y.margin(image, row, -layout.left), layout.left * stride, vector_bytes)
+        fill(y, y.margin(image, row, layout.width), layout.right * stride, vector_bytes)
 
     with loop(0, y.batch * groups) as index:
         image, group = bind(index // groups), bind(index % groups)
         row = bind(minimum(group * rows, layout.height - rows))
         if layout.top:
             with T.If(group == 0), T.Then():
-                edge = y.at(image, -layout.top, -layout.left)
+                edge = y.margin(image, -layout.top, -layout.left)
                 fill(y, edge, layout.top * line, vector_bytes)
         for offset in range(rows):
             beside(image, row + offset)
         body(image, row)
         if layout.bottom:
             with T.If(group == groups - 1), T.Then():
-                edge = y.at(image, layout.height, -layout.left)
+                edge = y.margin(image, layout.height, -layout.left)
                 fill(y, edge, layout.bottom * line, vector_bytes)
 
 

@@ -9,11 +9,11 @@ from graphopt.backends.cpu.workload import Layout
 
 def fill_surroundings(buffer: Buffer, layout: Layout, batch: Expr) -> None:
     """Write the fill into margins and pad channels of a flat tensor; plain loops, which LLVM turns into memset."""
-    if layout.is_dense:
+    pad = layout.pad_channels
+    if not pad and (layout.rows, layout.columns) == (layout.height, layout.width):
         return
     fill = emit.constant(layout.dtype, layout.fill)
     row_size = layout.columns * layout.channel_stride
-    pad = layout.channel_stride - layout.channels
 
     def run(start: Expr, count: int) -> None:
         if count == 0:

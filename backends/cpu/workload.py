@@ -30,6 +30,9 @@ class Layout:
     stands between two kernels. **Every element outside the logical N x H x W x channels holds ``fill``** (the zero
     point of an integer tensor, 0 of a float one). A batch of ``None`` is dynamic. A 2-D tensor ``[N, K]`` is
     ``N x 1 x 1 x K``; a 3-D one ``[N, T, K]`` is ``N x 1 x T x K``.
+
+    ``shared``: the tensor is the channels from ``first_channel`` on of a wider one, as the input of a concatenation is.
+    Beside them in a pixel lie other tensors' channels, which a kernel leaves alone; the margins are the whole tensor's.
     """
 
     batch: int | None
@@ -43,6 +46,8 @@ class Layout:
     right: int = 0
     channel_stride: int = 0  # 0: equal to channels
     fill: int = 0
+    first_channel: int = 0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.channel_stride == 0:
@@ -55,6 +60,11 @@ class Layout:
     @property
     def columns(self) -> int:
         return self.left + self.width + self.right
+
+    @property
+    def pad_channels(self) -> int:
+        """Elements behind a pixel's channels that hold the fill."""
+        return 0 if self.shared else self.channel_stride - self.channels
 
     @property
     def is_dense(self) -> bool:

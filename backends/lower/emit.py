@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.lower import resize
 from graphopt.backends.lower.elementwise import relayout
+from graphopt.backends.lower.one_tensor import ONE_TENSOR
 from graphopt.backends.lower.plan import Plan
 from graphopt.backends.lower.step import (
     Context,
@@ -180,6 +181,9 @@ class _Emitter:
         return self._reshape(source, tuple(int(size) for size in value_of(node).shape[1:]))
 
     def _step(self, step: Step) -> None:
+        if step.output in self.plan.in_place:
+            self._one_tensor(step)
+            return
         inputs, layouts = [], []
         for value, plain in zip(step.inputs, step.plain_inputs, strict=True):
             source, layout = (
@@ -198,6 +202,17 @@ class _Emitter:
             self.plain[step.output] = made
         else:
             self.plain[step.output] = self._logical(made, step.output)
+
+    def _one_tensor(self, step: Step) -> None:
+        """The kernels of the inputs have each written their channels of the whole tensor."""
+        shape, dtype = _shape(self.plan.layouts[step.output]), value_of(step.output).dtype
+        parts = [self.physical[self.plan.root(value)] for value in step.inputs]
+        self.physical[step.output] = self._call(
+            torch.ops.graphopt.call_kernel.default,
+            (parts, ONE_TENSOR, list(shape), dtype),
+            None,
+            step.output.name,
+        )
 
     def _physical_input(self, value: fx.Node) -> tuple[fx.Node, Layout]:
         return self._to_physical(value), self.plan.layouts[self.plan.root(value)]

@@ -22,11 +22,13 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from tvm import relax
+from tvm.relax.backend.cpu_generic import pipeline as stages
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
+from graphopt.backends.lower.one_tensor import unify_tensors
 from graphopt.errors import CompileError
 
 log = logging.getLogger(__name__)
@@ -173,12 +175,21 @@ def _weights_last(
 
 
 def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
-    """TVM's CPU pipeline, after which the kernels join the module."""
-    default = relax.get_default_pipeline(target)
+    """TVM's CPU pipeline with allocations made one where they are, after which the kernels join the module."""
+    default = tvm.transform.Sequential(
+        [
+            *stages.library_dispatch_passes(target),
+            *stages.legalize_passes(target),
+            *stages.dataflow_lower_passes(target),
+            unify_tensors,
+            *stages.finalize_passes(target),
+        ]
+    )
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
     def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        module = default(module)
+        with target:
+            module = default(module)
         for name, function in functions.items():
             module[name] = function
         return module

@@ -17,6 +17,7 @@ from graphopt import ops
 from graphopt.backends.cpu.workload import Layout
 from graphopt.backends.lower import attention, convolution, elementwise
 from graphopt.backends.lower.elementwise import AddStep, ConvertStep, MulStep
+from graphopt.backends.lower.slices import concatenations, place_in_slices
 from graphopt.backends.lower.step import (
     DTYPES,
     Margins,
@@ -42,7 +43,8 @@ _RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
 @dataclass
 class Plan:
     """``steps[node]`` makes node's value; ``inside`` are nodes swallowed by a step; ``same[node]`` is the physical
-    value that node merely renames; ``live`` what the outputs need; ``layouts`` the physical values' layouts."""
+    value that node merely renames; ``live`` what the outputs need; ``layouts`` the physical values' layouts;
+    ``in_place`` are the concatenations whose inputs are made where they belong."""
 
     program: Program
     steps: dict[fx.Node, Step] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class Plan:
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
+    in_place: set[fx.Node] = field(default_factory=set)
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value whose memory ``node`` is."""
@@ -79,6 +82,11 @@ def make_plan(program: Program) -> Plan:
         elif _renames(plan, node):
             plan.same[node] = node.all_input_nodes[0]
     _assign_layouts(plan)
+    parts = {
+        node: [plan.root(value) for value in plan.steps[node].inputs]
+        for node in concatenations(plan.program.graph.nodes, plan.steps)
+    }
+    plan.in_place = place_in_slices(plan.layouts, plan.steps, parts)
     return plan
 
 
