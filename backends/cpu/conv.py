@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import tvm
@@ -18,14 +18,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
-from graphopt.backends.cpu.activation import LONG, apply_activation
 from graphopt.backends.cpu.conv_pack import pack_conv2d
-from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, plan_conv2d
+from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, overlaps, plan_conv2d
+from graphopt.backends.cpu.conv_store import Beside, Place, Scratch, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.surroundings import fill_surroundings
-from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
+from graphopt.backends.cpu.workload import Conv2d, Layout
 
 _LINE_BYTES = 64
 _RESIDENT_BYTES = 64 * 1024  # smaller weights are quick to fetch
@@ -105,6 +104,7 @@ class _Kernel:
         y = argument("y", _shape(workload.y, batch), workload.y.dtype)
         self.x, self.weight, self.y = emit.flat(x), weight, emit.flat(y)
         self.residual = None if residual is None else emit.flat(residual)
+        self.store = TileStore(workload, self.isa, self.y, self.multiplier, self.residual)
 
     def _either_tile(self) -> None:
         """The planned tile, or one pixel a tile where a dynamic batch turns out to hold fewer pixels than that."""
@@ -172,7 +172,8 @@ class _Kernel:
         x_channel = bind(group * plan.in_channels)
         y_channel = bind(group * plan.out_channels + block * (plan.vectors * plan.lanes))
         vectors = -(-channels // plan.lanes)
-        with T.serial(first, last) as unit:
+
+        def accumulate(unit: Expr, beside: Beside | None) -> emit.Accumulators:
             place = self._place(unit)
             accumulators = emit.Accumulators(
                 plan.pixels, vectors, self.accumulator_dtype, plan.lanes
@@ -184,8 +185,64 @@ class _Kernel:
             self._prefetch_residual(channels, y_channel, place)
             ahead = self._prefetch_start(unit - first, weights, vectors)
             x_start = self._x_start(place) + x_channel
-            self._window(accumulators, vectors, weights, x_start, ahead)
-            self._finish(accumulators, channels, packed_channel, y_channel, place)
+            self._window(accumulators, vectors, weights, x_start, ahead, beside)
+            return accumulators
+
+        def target(unit: Expr) -> Place:
+            place, residual = self._place(unit), self.workload.residual
+            y_start = bind(self._corner(self.workload.y, place) + y_channel)
+            r_start: Expr = 0
+            if residual is not None:
+                r_start = bind(self._corner(residual, place) + y_channel)
+            return Place(y_start, r_start, packed_channel, channels)
+
+        if self._overlaps():
+            self._overlap(accumulate, target, channels, first, last)
+            return
+        with T.serial(first, last) as unit:
+            accumulators = accumulate(unit, None)
+            self.store.finish(accumulators.get, 0, plan.pixels, target(unit))
+
+    def _overlaps(self) -> bool:
+        """True where a tile's epilogue runs beside the next tile's steps."""
+        plan, requantizes = self.plan, self.workload.epilogue.requantize is not None
+        possible = requantizes and self.store.late is None and plan.span >= plan.step
+        return possible and overlaps(self.isa, self.workload.x.dtype, plan.pixels, plan.vectors)
+
+    def _overlap(
+        self,
+        accumulate: Callable[[Expr, Beside | None], emit.Accumulators],
+        target: Callable[[Expr], Place],
+        channels: int,
+        first: Expr,
+        last: Expr,
+    ) -> None:
+        """The tiles ``first .. last``, each one's epilogue beside the first steps of the next."""
+        plan = self.plan
+        vectors = -(-channels // plan.lanes)
+        scratch = Scratch(plan.pixels, vectors, plan.lanes)
+        steps = plan.taps_high * plan.taps_wide * (plan.span // plan.step)
+        together = self.store.together(plan.pixels, channels, steps)
+        groups = -(-plan.pixels // together)
+
+        def finish(group: Expr, place: Place) -> None:
+            # the last group overlaps its neighbour: its pixels are stored twice
+            start = bind(emit.minimum(group * together, plan.pixels - together))
+            self.store.finish(lambda row, v: scratch.get(row, v), start, together, place)
+
+        def keep(accumulators: emit.Accumulators) -> None:
+            for v in range(vectors):
+                for p in range(plan.pixels):
+                    scratch.set(p, v, accumulators.get(p, v))
+
+        keep(accumulate(first, None))
+        with T.serial(first + 1, last) as unit:
+            place = target(unit - 1)
+            keep(accumulate(unit, Beside(groups, lambda group: finish(group, place))))
+        place = target(last - 1)
+        with emit.loop(groups) as group:
+            finish(group, place)
+        scratch.release()
 
     def _place(self, unit: Expr) -> _Place:
         """Image, row and column of a tile's first pixel; a last tile that would not fit starts earlier."""
@@ -241,6 +298,7 @@ class _Kernel:
         weights: Expr,
         x_start: Expr,
         ahead: Expr | None,
+        beside: Beside | None,
     ) -> None:
         """Multiply a tile's windows by one channel block: loops over window rows, spans and steps."""
         plan, x = self.plan, self.workload.x
@@ -258,6 +316,8 @@ class _Kernel:
                 with _optional_loop(whole) as k:
                     if ahead is not None:
                         self._prefetch(ahead, span * plan.steps + k, depth)
+                    if beside is not None:
+                        beside.emit(span * whole + k, plan.taps_high * plan.taps_wide * whole)
                     self._step(accumulators, vectors, w_span + k * depth, x_span + k * plan.step)
             if partial:
                 last = x_span + whole * plan.step
@@ -297,62 +357,6 @@ class _Kernel:
             spread = emit.spread_channels(isa, word)
             for v, half in enumerate(halves):
                 accumulators.set(p, v, emit.dot(isa, accumulators.get(p, v), spread, half))
-
-    def _finish(
-        self,
-        accumulators: emit.Accumulators,
-        channels: int,
-        packed_channel: Expr,
-        y_channel: Expr,
-        place: _Place,
-    ) -> None:
-        """Epilogue and store of a tile, in pieces of whole vectors and descending powers of two."""
-        plan, workload = self.plan, self.workload
-        y, residual = workload.y, workload.residual
-        y_start = bind(self._corner(y, place) + y_channel)
-        r_start: Expr = 0
-        if residual is not None:
-            r_start = bind(self._corner(residual, place) + y_channel)
-        epilogue = workload.epilogue
-        late = epilogue.activation
-        if late is None or late.name not in LONG:
-            late = None
-        else:
-            epilogue = dataclasses.replace(epilogue, activation=None)
-        for channel, lanes in self._pieces(channels):
-            v, first = divmod(channel, plan.lanes)
-            multiplier = None
-            if self.multiplier is not None:
-                multiplier = bind(emit.load(self.multiplier, packed_channel + channel, lanes))
-            for p in range(plan.pixels):
-                total = accumulators.get(p, v)
-                total = bind(emit.slice_lanes(total, first, lanes, plan.lanes))
-                other = None
-                if residual is not None and self.residual is not None:
-                    index = r_start + (p * residual.channel_stride + channel)
-                    other = emit.load(self.residual, index, lanes)
-                value = apply_epilogue(epilogue, total, lanes, multiplier, other, y.dtype)
-                emit.store(self.y, y_start + (p * y.channel_stride + channel), value)
-        if late is not None:
-            self._activate(late, channels, y_start)
-
-    def _pieces(self, channels: int) -> list[tuple[int, int]]:
-        """``(first channel, lanes)`` of a block's stores."""
-        lanes = self.plan.lanes
-        return [
-            (start + first, size)
-            for start in range(0, channels, lanes)
-            for first, size in emit.pieces(min(lanes, channels - start))
-        ]
-
-    def _activate(self, activation: Activation, channels: int, y_start: Expr) -> None:
-        """A long activation, over the tile just stored: a loop over its pixels in place of a copy for each."""
-        pitch = self.workload.y.channel_stride
-        with emit.loop(self.plan.pixels) as p:
-            for channel, lanes in self._pieces(channels):
-                index = bind(y_start + p * pitch + channel)
-                value = emit.load(self.y, index, lanes)
-                emit.store(self.y, index, apply_activation(activation, value, lanes))
 
 
 @contextmanager

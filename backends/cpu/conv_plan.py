@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from graphopt.backends.cpu.epilogue import PACKED_VECTORS
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.errors import CompileError
@@ -22,6 +23,17 @@ _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
 _TAIL_PENALTY = 1.05  # a narrower last block is code of its own
 _L2_BYTES_A_CYCLE = 32.0  # what weights that outgrow L1 stream at
 _TILE_CYCLES = 12.0  # a tile: addresses, accumulators, loop exits
+_BESIDE_REGISTERS = 12  # besides accumulators: weights, a spread pixel, an epilogue in progress
+_BESIDE_LEAST_REGISTERS = 32  # with 16, tiles that leave so many free are too small
+_BESIDE_CYCLES = 0.75  # a vector's epilogue where it runs beside the next tile's steps
+_BESIDE_PIXEL_CYCLES = 0.5  # a store of its own
+_BESIDE_TILE_CYCLES = 2.0
+_BESIDE_WEIGHT_CYCLES = 0.02  # a vector of weights
+_BESIDE_LATENCY = 4.0  # of a dot product alone
+_CROWDED_CYCLES = (
+    1.0  # an accumulator above half the registers: the epilogue's constants leave theirs
+)
+_BURST_PENALTY = 3.0  # three packs at once are more than the steps around them hide
 _PAGE_BYTES = 4096  # pixels this far apart share one set of the L1 cache
 _ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the speed of 7 x 2
 
@@ -194,15 +206,46 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
     return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
 
 
+def overlaps(isa: Isa, dtype: str, pixels: int, vectors: int) -> bool:
+    """True where a tile's requantizing epilogue runs beside the next tile's steps: there are registers for both.
+
+    A row whose dot product does not accumulate keeps all pipes busy with its steps: it loses 4 %.
+    """
+    if dtype != "uint8" or not isa.dot_accumulates or isa.registers < _BESIDE_LEAST_REGISTERS:
+        return False
+    return pixels > 1 and pixels * vectors + _BESIDE_REGISTERS <= isa.registers
+
+
+def _overlapped_cycles(isa: Isa, pixels: int, vectors: int, steps: int) -> float:
+    """``_tile_cycles`` of such a tile: no more than what its instructions take of the pipes."""
+    step = max(pixels * vectors * isa.halves / 2, (pixels + vectors) / 2, _BESIDE_LATENCY)
+    step += vectors * _BESIDE_WEIGHT_CYCLES
+    weight_bytes = vectors * isa.vector_bytes
+    if steps * weight_bytes > isa.l1_bytes // 2:
+        step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
+    unit = PACKED_VECTORS // math.gcd(PACKED_VECTORS, vectors)  # pixels of a whole pack
+    finished = -(-pixels // unit) * unit
+    burst = _BURST_PENALTY if unit * vectors > 2 * PACKED_VECTORS else 1.0
+    epilogue = finished * (vectors * _BESIDE_CYCLES * burst + _BESIDE_PIXEL_CYCLES)
+    crowded = max(0, pixels * vectors - isa.registers // 2) * _CROWDED_CYCLES
+    return steps * step + epilogue + crowded + _BESIDE_TILE_CYCLES
+
+
 def estimate_cycles(
     isa: Isa, dtype: str, line: int, vectors: int, steps: int, tile: tuple[int, int]
 ) -> float:
     """The cost model: cycles of a line of pixels by a group's channel vectors, cut by ``tile``."""
     pixels, width = tile
     full, tail = divmod(vectors, width)
-    one = full * _tile_cycles(isa, dtype, pixels, width, steps)
+
+    def cycles(width: int) -> float:
+        if overlaps(isa, dtype, *tile):
+            return _overlapped_cycles(isa, pixels, width, steps)
+        return _tile_cycles(isa, dtype, pixels, width, steps)
+
+    one = full * cycles(width)
     if tail:
-        one += _tile_cycles(isa, dtype, pixels, tail, steps)
+        one += cycles(tail)
         one *= _TAIL_PENALTY
     return math.ceil(line / pixels) * one
 

@@ -6,6 +6,8 @@ sum in float on the integer path, so there is nothing for LLVM to contract.
 
 from __future__ import annotations
 
+import numpy as np
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.activation import apply_activation
@@ -14,11 +16,15 @@ from graphopt.backends.cpu.emit import (
     bind,
     clamp,
     constant,
+    intrinsic,
     round_to_int,
     to_float,
     vector,
 )
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import Epilogue, QuantizedAdd, Requantize
+
+PACKED_VECTORS = 4  # int32 vectors that become one of bytes
 
 
 def round_and_clamp(requantize: Requantize | QuantizedAdd, value: Expr, lanes: int) -> Expr:
@@ -29,23 +35,110 @@ def round_and_clamp(requantize: Requantize | QuantizedAdd, value: Expr, lanes: i
     return rounded + constant("int32", requantize.zero_point, lanes)
 
 
+def _round_below(parameters: Requantize, accumulator: Expr, multiplier: Expr, lanes: int) -> Expr:
+    """``rint(min(float32(accumulator) * multiplier, qmax - zero_point))`` as int32.
+
+    The bounds are integers: clamping may wait until after the rounding, where integer instructions of every vector pipe do
+    it. The upper bound may not: what exceeds int32 is rounded to its least element.
+    """
+    high = constant("float32", parameters.qmax - parameters.zero_point, lanes)
+    return round_to_int(T.min(to_float(accumulator, lanes) * multiplier, high), lanes)
+
+
 def requantize(parameters: Requantize, accumulator: Expr, multiplier: Expr, lanes: int) -> Expr:
     """``zero_point + rint(clamp(float32(accumulator) * multiplier, ...))`` as int32."""
-    return round_and_clamp(parameters, to_float(accumulator, lanes) * multiplier, lanes)
+    rounded = _round_below(parameters, accumulator, multiplier, lanes)
+    shifted = rounded + constant("int32", parameters.zero_point, lanes)
+    return T.max(shifted, constant("int32", parameters.qmin, lanes))
 
 
-def quantized_add(add: QuantizedAdd, a: Expr, b: Expr, lanes: int) -> Expr:
-    """``QuantizedAdd`` of two int32 vectors, as int32.
+def _scaled_sum(add: QuantizedAdd, a: Expr, b: Expr, lanes: int) -> Expr:
+    """``(a - a_zero_point) * a_multiplier + (b - b_zero_point) * b_multiplier`` in int32.
 
     Both zero points go into one constant; int32 wraps, so that the sum is the definition's whatever the order.
     """
     offset = add.a_zero_point * add.a_multiplier + add.b_zero_point * add.b_multiplier
-    v = a * constant("int32", add.a_multiplier, lanes) + b * constant(
-        "int32", add.b_multiplier, lanes
-    )
-    v = v - constant("int32", offset, lanes)
-    scaled = to_float(v, lanes) * constant("float32", 2.0**-add.shift, lanes)
-    return round_and_clamp(add, scaled, lanes)
+    v = a * constant("int32", add.a_multiplier, lanes)
+    v = v + b * constant("int32", add.b_multiplier, lanes)
+    return v - constant("int32", offset, lanes)
+
+
+def _rounds_by_adding(add: QuantizedAdd) -> bool:
+    """True where ``_round_shifted`` is exact: every sum is below ``2**(22 + shift)`` in magnitude."""
+    largest = 255 * (abs(add.a_multiplier) + abs(add.b_multiplier))
+    return 0 <= add.shift <= 64 and largest < 2 ** (22 + add.shift)
+
+
+def _round_shifted(add: QuantizedAdd, value: Expr, lanes: int) -> Expr:
+    """``zero_point + rint(float32(value) * 2**-shift)`` as int32, without a multiplication.
+
+    The float32 from ``2**(23 + shift)`` to twice that are the multiples of ``2**shift``: adding 1.5 times the lower end
+    rounds to one of them, half to even, and the bits of the sum count them.
+    """
+    anchor = np.float32(1.5 * 2.0 ** (23 + add.shift))
+    total = to_float(value, lanes) + constant("float32", float(anchor), lanes)
+    bits = T.reinterpret(vector("int32", lanes), total)
+    return bits - constant("int32", int(anchor.view(np.int32)) - add.zero_point, lanes)
+
+
+def quantized_add(add: QuantizedAdd, a: Expr, b: Expr, lanes: int) -> Expr:
+    """``QuantizedAdd`` of two int32 vectors, as int32."""
+    v = _scaled_sum(add, a, b, lanes)
+    if not _rounds_by_adding(add):
+        scaled = to_float(v, lanes) * constant("float32", 2.0**-add.shift, lanes)
+        return round_and_clamp(add, scaled, lanes)
+    q = T.max(_round_shifted(add, v, lanes), constant("int32", add.qmin, lanes))
+    return T.min(q, constant("int32", add.qmax, lanes))
+
+
+def _pack(isa: Isa, values: list[Expr], zero_point: int, qmin: int, qmax: int) -> Expr:
+    """``clamp(values + zero_point, qmin, qmax)`` of 4 int32 vectors as one vector of uint8: the packs saturate to 0 .. 255.
+
+    The packs work on 128-bit parts: 4 bytes of each vector stand in a part's order and are put in the vectors'.
+    """
+    half, size = f"int16x{2 * isa.lanes}", PACKED_VECTORS * isa.lanes
+    words = [bind(intrinsic(half, isa.pack_words, *values[i : i + 2])) for i in (0, 2)]
+    if zero_point:
+        words = [word + constant("int16", zero_point, 2 * isa.lanes) for word in words]
+    q = T.reinterpret(f"uint8x{size}", intrinsic(f"int8x{size}", isa.pack_bytes, *words))
+    if qmin > 0:
+        q = T.max(q, constant("uint8", qmin, size))
+    if qmax < 255:
+        q = T.min(q, constant("uint8", qmax, size))
+    parts = isa.lanes // 4
+    if parts == 1:
+        return q
+    order = [PACKED_VECTORS * (i % parts) + i // parts for i in range(isa.lanes)]
+    groups = bind(T.reinterpret(vector("int32", isa.lanes), q))
+    return T.reinterpret(f"uint8x{size}", tirx.Shuffle([groups], order))
+
+
+def packed_epilogue(
+    isa: Isa,
+    epilogue: Epilogue,
+    accumulators: list[Expr],
+    multipliers: list[Expr],
+    residuals: list[Expr],
+) -> Expr:
+    """``apply_epilogue`` to uint8 of ``PACKED_VECTORS`` whole vectors, side by side in one vector of bytes.
+
+    Emits bindings: call it inside an open builder.
+    """
+    first, add = epilogue.requantize, epilogue.residual_add
+    assert first is not None
+    pairs = list(zip(accumulators, multipliers, strict=True))
+    if add is None:
+        rounded = [bind(_round_below(first, v, m, isa.lanes)) for v, m in pairs]
+        return _pack(isa, rounded, first.zero_point, first.qmin, first.qmax)
+    sums = []
+    for (v, m), residual in zip(pairs, residuals, strict=True):
+        a = bind(requantize(first, v, m, isa.lanes))
+        b = T.cast(residual, vector("int32", isa.lanes))
+        if _rounds_by_adding(add):
+            sums.append(bind(_round_shifted(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)))
+        else:
+            sums.append(bind(quantized_add(add, a, b, isa.lanes)))
+    return _pack(isa, sums, 0, add.qmin, add.qmax)
 
 
 def apply_epilogue(

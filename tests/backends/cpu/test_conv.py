@@ -76,6 +76,29 @@ def test_every_choice_computes_the_same(tile: tuple[int, int], chunk: int) -> No
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("tile", [(2, 1), (7, 1), (5, 2), (7, 3), (3, 4), (2, 5)], ids=str)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)], ids=str)
+def test_any_tile_finishes_its_pixels(tile: tuple[int, int], kernel: tuple[int, int], row) -> None:
+    """Epilogues beside the next tile's steps, packs across pixels, partial vectors, a last tile that overlaps."""
+    narrow = replace(REQUANTIZE, qmin=7, qmax=201)
+    for epilogue in (Epilogue(requantize=narrow), RESIDUAL):
+        channels = row.lanes * tile[1] * 2 + 5
+        workload = conv_workload((12, channels), (5, 9), kernel, padding=(0, 0), epilogue=epilogue)
+        if tile in row.tiles("uint8"):
+            check_exact(workload, row, choice=ConvChoice(*tile))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("shift", [3, 9, 20])
+def test_residual_sums_of_any_scale(row, shift: int) -> None:
+    """Sums that no vector of words holds, and shifts at which rounding by adding is not exact."""
+    multipliers = {"a_multiplier": 2_000_001, "b_multiplier": -1_999_999}
+    add = replace(RESIDUAL_ADD, shift=shift, **multipliers)
+    epilogue = Epilogue(requantize=REQUANTIZE, residual_add=add)
+    check_exact(conv_workload((8, row.lanes * 4), (6, 6), epilogue=epilogue), row)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_dynamic_batch(row) -> None:
     workload = conv_workload((8, 24), (5, 6), epilogue=RESIDUAL, y_margin=1, batch=None)
     check_exact(workload, row, batch=3)

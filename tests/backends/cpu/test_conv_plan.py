@@ -30,7 +30,7 @@ def test_known_tiles() -> None:
     assert (14, 2) in VNNI.tiles("uint8")
     assert (7, 4) not in VNNI.tiles("uint8")  # spills
     wide = plan_conv2d(conv_workload((64, 64), (56, 56)), VNNI)
-    assert (wide.pixels, wide.vectors) == (14, 2)
+    assert (wide.pixels, wide.vectors) == (8, 2)
     narrow = plan_conv2d(conv_workload((512, 512), (7, 7)), VNNI)
     assert narrow.pixels == 7
 
