@@ -91,8 +91,8 @@ def _tiles(workload: Conv2d, isa: Isa) -> list[tuple[int, int]]:
             count = -(-line // pixels), vectors
             least[count] = min(pixels, least.get(count, pixels))
     tiles = [(pixels, vectors) for (_, vectors), pixels in least.items()]
-    vectors, steps = plan.group_vectors, plan.all_steps
-    tiles.sort(key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile))
+    vectors, steps, residual = plan.group_vectors, plan.all_steps, workload.residual is not None
+    tiles.sort(key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile, residual))
     return tiles[:_MOST_TILES]
 
 

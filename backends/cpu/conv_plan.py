@@ -17,7 +17,10 @@ _PIXEL_CYCLES = 0.05  # a broadcast, beside arithmetic that hides most of it
 _WEIGHT_CYCLES = 0.25  # a vector of weights likewise: a whole line, often from L2
 _SIZES = {"uint8": 1, "float32": 4}
 _DYNAMIC_LINE = 14  # pixels that a tile of a dynamic batch of few pixels is made for
-_LOOP_CYCLES = 0.5  # a step's loop counter and branch
+_LOOP_CYCLES = 0.5  # an int8 step's loop counter and branch; a float32 step hides them
+_LINE_BYTES = 64
+_QUEUED_LINES = 12  # lines of y and residual that a float32 tile touches beside its arithmetic
+_LINE_CYCLES = 16.0  # each further one: 14 x 2 with a residual at 0.75 of 7 x 2
 _DOT_LATENCY = 5.0  # cycles from an accumulator to itself
 _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
 _TAIL_PENALTY = 1.05  # a narrower last block is code of its own
@@ -190,7 +193,9 @@ def _is_flat(workload: Conv2d) -> bool:
     )
 
 
-def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) -> float:
+def _tile_cycles(
+    isa: Isa, dtype: str, pixels: int, vectors: int, steps: int, residual: bool
+) -> float:
     """Estimated cycles of a whole tile: arithmetic, loads or latency bound, whichever is most."""
     if dtype == "float32":
         products, spread, widen = 1, 0, 0
@@ -203,7 +208,11 @@ def _tile_cycles(isa: Isa, dtype: str, pixels: int, vectors: int, steps: int) ->
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
         step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
-    return steps * (step + _LOOP_CYCLES) + pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
+    tile = pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
+    if dtype != "float32":
+        return steps * (step + _LOOP_CYCLES) + tile
+    lines = pixels * -(-weight_bytes // _LINE_BYTES) * (1 + residual)
+    return steps * step + tile + max(0, lines - _QUEUED_LINES) * _LINE_CYCLES
 
 
 def overlaps(isa: Isa, dtype: str, pixels: int, vectors: int) -> bool:
@@ -232,7 +241,13 @@ def _overlapped_cycles(isa: Isa, pixels: int, vectors: int, steps: int) -> float
 
 
 def estimate_cycles(
-    isa: Isa, dtype: str, line: int, vectors: int, steps: int, tile: tuple[int, int]
+    isa: Isa,
+    dtype: str,
+    line: int,
+    vectors: int,
+    steps: int,
+    tile: tuple[int, int],
+    residual: bool = False,
 ) -> float:
     """The cost model: cycles of a line of pixels by a group's channel vectors, cut by ``tile``."""
     pixels, width = tile
@@ -241,7 +256,7 @@ def estimate_cycles(
     def cycles(width: int) -> float:
         if overlaps(isa, dtype, *tile):
             return _overlapped_cycles(isa, pixels, width, steps)
-        return _tile_cycles(isa, dtype, pixels, width, steps)
+        return _tile_cycles(isa, dtype, pixels, width, steps, residual)
 
     one = full * cycles(width)
     if tail:
@@ -251,12 +266,21 @@ def estimate_cycles(
 
 
 def choose_tile(
-    isa: Isa, dtype: str, line: int, pitch: int, vectors: int, steps: int
+    isa: Isa,
+    dtype: str,
+    line: int,
+    pitch: int,
+    vectors: int,
+    steps: int,
+    residual: bool = False,
 ) -> tuple[int, int]:
     """The register tile of least estimated time for a line of pixels ``pitch`` bytes apart and a group's vectors."""
     most = line if pitch % _PAGE_BYTES else min(line, _ALIASED_PIXELS)
     fitting = [t for t in isa.tiles(dtype) if t[0] <= most and t[1] <= vectors]
-    return min(fitting, key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile))
+    return min(
+        fitting,
+        key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile, residual),
+    )
 
 
 def line_pixels(workload: Conv2d) -> int:
@@ -306,7 +330,9 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
     pitch = workload.stride[1] * x.channel_stride * _SIZES[x.dtype]
     group_vectors = -(-out_channels // isa.lanes)
     if choice is None:
-        choice = ConvChoice(*choose_tile(isa, x.dtype, line, pitch, group_vectors, steps))
+        residual = workload.residual is not None
+        tile = choose_tile(isa, x.dtype, line, pitch, group_vectors, steps, residual)
+        choice = ConvChoice(*tile)
     else:
         _check_choice(choice, isa, x.dtype, line, group_vectors)
     return ConvPlan(

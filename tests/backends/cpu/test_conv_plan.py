@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, plan_conv2d
+from graphopt.backends.cpu.workload import Epilogue
 from graphopt.backends.x86.isa import ISAS
 from graphopt.errors import CompileError
 from tests.backends.cpu.conv_harness import conv_workload
@@ -40,6 +41,15 @@ def test_pixels_that_share_an_l1_set_get_a_short_tile() -> None:
     aliased = plan_conv2d(conv_workload((1024, 32), (28, 28), **pointwise), VNNI)
     clear = plan_conv2d(conv_workload((1040, 32), (28, 28), **pointwise), VNNI)
     assert aliased.pixels <= 7 < clear.pixels
+
+
+def test_a_float_tile_touches_few_lines_at_once() -> None:
+    """A short sum of a wide layer: 7 pixels where the int8 tile has 14, fewer with a residual."""
+    pointwise: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0), "dtype": "float32"}
+    plain = plan_conv2d(conv_workload((64, 256), (56, 56), **pointwise), VNNI)
+    fused = Epilogue(float_residual=True)
+    residual = plan_conv2d(conv_workload((64, 256), (56, 56), epilogue=fused, **pointwise), VNNI)
+    assert residual.pixels * residual.vectors < plain.pixels * plain.vectors <= 14
 
 
 def test_groups_share_a_vector_up_to_its_lanes() -> None:
