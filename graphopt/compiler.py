@@ -110,6 +110,7 @@ class _Compiler:
         inputs = tuple(pytree.tree_leaves(program.example_inputs))
         exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
         module, weights = self._timed("import", lambda: import_module(exported))
+        weights.update(lowered.stored)
         peaks = [_add_peak(lowered.functions, isa, dtype) for dtype in ("uint8", "float32")]
         library = self._timed(
             "codegen", lambda: build_library(module, lowered.functions, isa.target())
@@ -125,6 +126,7 @@ class _Compiler:
             outputs=tuple(_output_specs(program)),
             output_structure=_structure(program),
             weights=tuple(weights),
+            weight_transforms=tuple(lowered.transforms),
             threads=self.threads,
             kernels=tuple(lowered.calls),
             peaks=tuple(peaks),

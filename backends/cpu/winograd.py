@@ -145,7 +145,8 @@ class _Kernel:
         plan, x = self.plan, self.workload.x
         top, left = self.workload.padding
         row, column = place.row + (x.top - top), place.column + (x.left - left)
-        start = bind(((place.image * x.rows + row) * x.columns + column) * x.channel_stride)
+        line = (place.image * x.rows + row) * x.columns
+        start = bind((line + column) * x.channel_stride + x.first_channel)
         target = bind(tile * plan.steps)
         width = 2 * plan.lanes if self.integer else plan.lanes
         whole, rest = divmod(plan.in_channels, width)
@@ -319,7 +320,7 @@ class _Kernel:
         """Offset of the tile's first pixel in a tensor of the output's shape."""
         row, column = place.row + layout.top, place.column + layout.left
         line = (place.image * layout.rows + row) * layout.columns
-        return (line + column) * layout.channel_stride
+        return (line + column) * layout.channel_stride + layout.first_channel
 
     def _store(
         self,

@@ -101,7 +101,7 @@ class WinogradPlan:
 def _pairs_up(workload: Conv2d) -> bool:
     """True where the input's channels, pad included, are whole steps."""
     x = workload.x
-    return x.dtype == "float32" or (x.channels + x.channels % 2) <= x.channel_stride
+    return x.dtype == "float32" or x.first_channel + x.channels + x.channels % 2 <= x.channel_stride
 
 
 def fits(workload: Conv2d) -> bool:

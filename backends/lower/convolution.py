@@ -18,11 +18,16 @@ from graphopt.backends.cpu.candidates import fits, workload_key
 from graphopt.backends.cpu.conv import conv2d
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
+from graphopt.backends.cpu.winograd import winograd
+from graphopt.backends.cpu.winograd_plan import fits as winograd_fits
+from graphopt.backends.cpu.winograd_plan import is_faster, plan_winograd, sums_fit
+from graphopt.backends.cpu.winograd_weights import pack_winograd, weight_transform
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
 from graphopt.backends.lower.fusing import following_activation, later_residual, sole_user
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
+    LoadTransform,
     Margins,
     Step,
     is_integer_op,
@@ -111,6 +116,8 @@ class ConvolutionStep(Step):
             function = depthwise(workload, context.isa, context.threads)
             packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
             return Kernel(_name(function), function, tuple(packed), workload.macs)
+        if _is_winograd(context, workload, weight):
+            return _winograd(context, workload, weight, bias, multiplier)
         choice = context.choices.get(workload_key(workload))
         if choice is not None and not fits(workload, context.isa, choice):
             choice = None
@@ -129,6 +136,33 @@ class ConvolutionStep(Step):
             for node in (self.constants.bias, self.constants.multiplier)
         )
         return weight, bias, multiplier
+
+
+def _is_winograd(context: Context, workload: Conv2d, weight: Array) -> bool:
+    if not winograd_fits(workload) or not is_faster(workload, context.isa, context.threads):
+        return False
+    return workload.x.dtype == "float32" or sums_fit(weight)
+
+
+def _winograd(
+    context: Context,
+    workload: Conv2d,
+    weight: Array,
+    bias: Array | None,
+    multiplier: Array | None,
+) -> Kernel:
+    isa, threads = context.isa, context.threads
+    function = winograd(workload, isa, threads)
+    transform = weight_transform(workload, isa, threads)
+    size = plan_winograd(workload, isa, threads).packed_weights
+    dtype = "int32" if workload.x.dtype == "uint8" else "float32"
+    return Kernel(
+        _name(function),
+        function,
+        tuple(pack_winograd(workload, isa, threads, weight, bias, multiplier)),
+        workload.macs,
+        load_transform=LoadTransform(_name(transform), transform, size, dtype),
+    )
 
 
 class BatchNormStep(ConvolutionStep):

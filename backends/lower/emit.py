@@ -21,6 +21,7 @@ from graphopt.backends.lower.plan import Plan
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
+    LoadTransform,
     Step,
     dense_rows,
     image_layout,
@@ -29,11 +30,13 @@ from graphopt.backends.lower.step import (
     value_of,
 )
 from graphopt.manifest import Kernel as KernelRow
+from graphopt.manifest import TensorSpec, WeightTransform
 
 aten = torch.ops.aten
 _SCHEMA = "call_kernel(Tensor[] tensors, str kernel, int[] shape, ScalarType dtype) -> Tensor"
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _CONSTANT_NAMES = ("weight", "bias", "multiplier")
 
 
@@ -49,12 +52,17 @@ torch.library.register_fake("graphopt::call_kernel", _result, lib=_LIBRARY)
 @dataclass
 class Lowered:
     """The emitted module, its kernels by name, a row a call in order of execution, and what tuning can choose for:
-    workloads with the layer they came from."""
+    workloads with the layer they came from.
+
+    ``stored`` has the arrays of those parameters that the transforms of ``transforms`` make at loading.
+    """
 
     module: fx.GraphModule
     functions: dict[str, Any] = field(default_factory=dict)
     calls: list[KernelRow] = field(default_factory=list)
     tunable: list[tuple[Conv2d, str]] = field(default_factory=list)
+    stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    transforms: list[WeightTransform] = field(default_factory=list)
 
 
 def emit(plan: Plan, context: Context) -> Lowered:
@@ -117,6 +125,9 @@ class _Emitter:
         return self._call(resize.weighted_rows, (x, indices, weights), None, node.name)
 
     def _call(self, target: Any, args: Any, kwargs: Any = None, name: str | None = None) -> fx.Node:
+        """A call; a reshape of a reshape is one of its source: TVM makes a copying kernel of the two."""
+        if target in _RESHAPES and isinstance(args[0], fx.Node) and args[0].target in _RESHAPES:
+            args = (args[0].args[0], *args[1:])
         return self.graph.create_node("call_function", target, tuple(args), kwargs or {}, name)
 
     def _plain_argument(self, value: Any) -> Any:
@@ -246,9 +257,16 @@ class _Emitter:
         constants = []
         for index, array in enumerate(kernel.constants):
             suffix = _CONSTANT_NAMES[index] if index < len(_CONSTANT_NAMES) else str(index)
-            constants.append(
-                self._parameter(f"{name}_{suffix}", torch.from_numpy(np.ascontiguousarray(array)))
-            )
+            array = np.ascontiguousarray(array)
+            transform = kernel.load_transform if index == 0 else None
+            if transform is None:
+                tensor = torch.from_numpy(array)
+            else:  # never written: only its shape matters, and untouched pages cost nothing
+                tensor = torch.empty(transform.size, dtype=getattr(torch, transform.dtype))
+            constant = self._parameter(f"{name}_{suffix}", tensor)
+            if transform is not None:
+                self._loaded(str(constant.target), array, transform)
+            constants.append(constant)
         self.lowered.functions.setdefault(kernel.name, kernel.function)
         layer = ", ".join(_origins(nodes))
         if kernel.tunable is not None:
@@ -267,6 +285,13 @@ class _Emitter:
         tensors = [inputs[0], *constants, *inputs[1:]]
         arguments = (tensors, kernel.name, list(shape), torch_dtype)
         return self._call(torch.ops.graphopt.call_kernel.default, arguments, None, name)
+
+    def _loaded(self, parameter: str, array: np.ndarray[Any, Any], made: LoadTransform) -> None:
+        """Note that a session makes ``parameter`` of ``array``."""
+        self.lowered.stored[parameter] = array
+        self.lowered.functions.setdefault(made.name, made.function)
+        result = TensorSpec(parameter, made.dtype, (made.size,))
+        self.lowered.transforms.append(WeightTransform(parameter, made.name, result))
 
 
 def _origins(nodes: list[fx.Node]) -> list[str]:
