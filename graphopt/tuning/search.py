@@ -32,6 +32,10 @@ class Search:
         self.threads = threads
         self.tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
         self.seconds = None if budget is None else parse_budget(budget)
+        if self.seconds is not None and self.tuning.key is not None and self.tuning.rpc is None:
+            raise TuneError(
+                f"device {self.tuning.key!r} cannot be measured without its RPC tracker; name it with rpc"
+            )
         if self.seconds is not None and self.tuning.rpc is None and not target.runs_here():
             raise TargetError(
                 f"target {target.name!r} cannot be tuned here: this CPU lacks {', '.join(target.missing())}; "

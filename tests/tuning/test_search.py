@@ -100,6 +100,11 @@ def test_refuses_what_cannot_be_measured_before_the_work(
     assert str(caught.value) == (
         f"the tuning store {missing} does not exist; measure first, with tune or graphopt tune"
     )
+    with pytest.raises(TuneError) as elsewhere:
+        Search(TARGETS[TARGET], 1, go.Tuning(missing, key="board"), "30s")
+    assert str(elsewhere.value) == (
+        "device 'board' cannot be measured without its RPC tracker; name it with rpc"
+    )
     monkeypatch.setattr("graphopt.backends.targets.Target.missing", lambda _: ("avx2", "fma"))
     with pytest.raises(TargetError) as lacking:
         Search(TARGETS["avx2"], 1, missing, "30s")
