@@ -20,15 +20,25 @@ from graphopt.backends.cpu.workload import Conv2d
 _MOST_VECTORS = 3  # wider blocks make the buffer of products outgrow L1 for nothing
 _LINE = 16  # words of a cache line
 _CHUNK_SHARE = 0.7  # of L2, for a chunk's transformed inputs and products, and for weights that fit
-_INPUT_CYCLES = 170.0  # a tile and vector of channels: 36 loads, 12 transforms, 36 stores
-_OUTPUT_CYCLES = 230.0  # a tile and vector of channels: 36 loads, 10 transforms, 16 epilogues
-_PRODUCT_CYCLES = 3.0  # a vector of products stored, and loaded again
-_CALL_CYCLES = 40.0  # a register tile: its addresses, its loop
+_INPUT_CYCLES = {
+    "uint8": 120.0,
+    "float32": 300.0,
+}  # a tile and vector of channels: 36 loads, 12 transforms, 36 stores
+_OUTPUT_CYCLES = {
+    "uint8": 120.0,
+    "float32": 200.0,
+}  # a tile and vector of channels: 36 loads, 10 transforms, 16 epilogues
+_PRODUCT_CYCLES = 0.7  # a vector of products stored beside the next tile's sums
+_CALL_CYCLES = 20.0  # a register tile: its addresses, its loop
 _L2_BYTES_A_CYCLE = 32.0
 _L3_BYTES_A_CYCLE = 10.0
+_LOOP_CYCLES = 0.5
+_LOAD_CYCLES = 0.6  # two a cycle at best
 _LATENCY = 5.0  # of a sum to itself
-_DIRECT_OVERHEAD = 1.05
-_GAIN = 0.92  # of the direct form's time, above which the direct form stays
+_DIRECT_CYCLES = 2.0  # a vector of the direct form, beside its products
+_DIRECT_PIXELS = (7, 8)  # of its register tiles, the last of which overlaps its neighbour
+_DIRECT_OVERHEAD = 1.03
+_GAIN = 0.95  # of the direct form's time, above which the direct form stays
 
 
 @dataclass(frozen=True)
@@ -126,8 +136,8 @@ def sums_fit(weight: npt.NDArray[np.int8]) -> bool:
 def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: int) -> float:
     """Estimated cycles of one register tile of one of the 36 matrix products."""
     products = 2 if integer and not isa.dot_accumulates else 1
-    step = max(tiles * vectors * products / 2, (tiles + vectors) / 2, _LATENCY)
-    step += 0.05 * tiles + 0.25 * vectors + 0.5
+    step = max(tiles * vectors * products / 2, (tiles + vectors) * _LOAD_CYCLES, _LATENCY)
+    step += _LOOP_CYCLES
     return steps * step + tiles * vectors * _PRODUCT_CYCLES + _CALL_CYCLES
 
 
@@ -201,6 +211,7 @@ def plan_winograd(workload: Conv2d, isa: Isa, threads: int) -> WinogradPlan:
 
 def _cycles(plan: WinogradPlan, isa: Isa, integer: bool, every: int) -> float:
     """Estimated cycles on one thread."""
+    dtype = "uint8" if integer else "float32"
     chunks = -(-every // plan.chunk)
     one = _product_cycles(isa, integer, plan.tiles, plan.vectors, plan.steps)
     calls = -(-plan.chunk // plan.tiles) * (plan.group_vectors / plan.vectors)
@@ -208,8 +219,8 @@ def _cycles(plan: WinogradPlan, isa: Isa, integer: bool, every: int) -> float:
     rate = _L2_BYTES_A_CYCLE if weight_bytes < isa.l2_bytes // 2 else _L3_BYTES_A_CYCLE
     arithmetic = chunks * max(POINTS * calls * one, weight_bytes / rate)
     wide = 2 * plan.lanes if integer else plan.lanes
-    inputs = every * math.ceil(plan.in_channels / wide) * _INPUT_CYCLES * plan.splits
-    return arithmetic + inputs + every * plan.group_vectors * _OUTPUT_CYCLES
+    inputs = every * math.ceil(plan.in_channels / wide) * _INPUT_CYCLES[dtype] * plan.splits
+    return arithmetic + inputs + every * plan.group_vectors * _OUTPUT_CYCLES[dtype]
 
 
 def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
@@ -219,14 +230,19 @@ def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
     if x.dtype == "uint8":
         steps = -(-x.channels // INT8_STEP)
         products = isa.halves * (1 if isa.dot_accumulates else 2)
-    pixels = (x.batch or 1) * y.height * y.width
-    one = 9 * steps * products / 2 + _OUTPUT_CYCLES / 16
+    width = min(-(-y.width // pixels) * pixels for pixels in _DIRECT_PIXELS)
+    pixels = (x.batch or 1) * y.height * width
+    one = 9 * steps * products / 2 + _DIRECT_CYCLES
     return pixels * -(-y.channels // isa.lanes) * one * _DIRECT_OVERHEAD
+
+
+def estimate(workload: Conv2d, isa: Isa, threads: int) -> float:
+    """Estimated cycles on one thread of a convolution that ``fits``."""
+    plan = plan_winograd(workload, isa, threads)
+    every = plan.image * (workload.x.batch or 1)
+    return _cycles(plan, isa, workload.x.dtype == "uint8", every)
 
 
 def is_faster(workload: Conv2d, isa: Isa, threads: int) -> bool:
     """True where F(4, 3) is estimated to beat the direct form by a margin."""
-    plan = plan_winograd(workload, isa, threads)
-    every = plan.image * (workload.x.batch or 1)
-    integer = workload.x.dtype == "uint8"
-    return _cycles(plan, isa, integer, every) < _GAIN * _direct_cycles(workload, isa)
+    return estimate(workload, isa, threads) < _GAIN * _direct_cycles(workload, isa)
