@@ -22,6 +22,8 @@ from graphopt.weights_file import ALIGNMENT, aligned_empty, is_aligned
 _LOG = logging.getLogger(__name__)
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
+# The function of a library that allocates the last arguments of its entry, from the inputs' shapes.
+_SCRATCH = "scratch"
 
 Array = np.ndarray[Any, Any]
 # Called before and after every instruction: (function, name, before, result, *arguments) -> 1 to skip.
@@ -113,7 +115,7 @@ class _Input:
 
 
 class _Machine:
-    """One virtual machine, the shared weights, and its own input buffers."""
+    """One virtual machine, the shared weights, its own input buffers and tensors between the kernels."""
 
     def __init__(self, library: Any, manifest: Manifest, weights: Sequence[Any]) -> None:
         self.module = library["vm_load_executable"]()
@@ -123,12 +125,19 @@ class _Machine:
         self._weights = weights
         self._weight_addresses = frozenset(weight.data_ptr() for weight in weights)
         self._tensor_class = tvm_runtime().Tensor
+        self._allocate: Any = None
+        if self.module.implements_function(_SCRATCH):
+            self._allocate = self.module[_SCRATCH]
+        self._scratch: tuple[Any, ...] = ()
+        self._shapes: list[tuple[int, ...]] | None = None
 
     def run(self, values: Sequence[Any]) -> list[Array]:
         sizes: dict[str, int] = {}
         arrays = [take.check(value, sizes) for take, value in zip(self.inputs, values, strict=True)]
         tensors = [take.tensor(array) for take, array in zip(self.inputs, arrays, strict=True)]
-        result = self._entry(*tensors, *self._weights)
+        if self._allocate is not None:
+            self._prepare([array.shape for array in arrays], tensors)
+        result = self._entry(*tensors, *self._weights, *self._scratch)
         outputs = [result] if isinstance(result, self._tensor_class) else list(result)
         # An output may *be* an input or a weight (an identity, say): the caller gets a copy of it.
         given = {tensor.data_ptr() for tensor in tensors}
@@ -139,6 +148,13 @@ class _Machine:
             array = np.from_dlpack(output)
             leaves.append(array.copy() if shared else array)
         return leaves
+
+    def _prepare(self, shapes: list[tuple[int, ...]], tensors: Sequence[Any]) -> None:
+        """Make the tensors between the kernels, where those of the last run do not fit these shapes."""
+        if shapes != self._shapes:
+            self._scratch = ()  # first, so that the new ones may take their memory
+            self._scratch = tuple(self._allocate(*tensors))
+            self._shapes = shapes
 
 
 class Compiled(Protocol):

@@ -29,6 +29,7 @@ from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
 from graphopt.backends.lower.one_tensor import unify_tensors
+from graphopt.backends.lower.scratch import hoist_scratch
 from graphopt.errors import CompileError
 
 log = logging.getLogger(__name__)
@@ -175,14 +176,17 @@ def _weights_last(
 
 
 def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
-    """TVM's CPU pipeline with allocations made one where they are, after which the kernels join the module."""
+    """TVM's CPU pipeline with allocations made one or moved out of ``main``, after which the kernels join the module."""
+    plan_memory, *lower = stages.finalize_passes(target)
     default = tvm.transform.Sequential(
         [
             *stages.library_dispatch_passes(target),
             *stages.legalize_passes(target),
             *stages.dataflow_lower_passes(target),
             unify_tensors,
-            *stages.finalize_passes(target),
+            plan_memory,
+            hoist_scratch,
+            *lower,
         ]
     )
 
