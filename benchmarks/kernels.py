@@ -118,7 +118,7 @@ def lower(network: str, dtype: str, isa: Isa) -> Lowered:
     program = go.capture(model, inputs)
     if dtype == "int8":
         program = go.passes.Quantize(calibration=[inputs])(program)
-    prepared = prepare(program)
+    prepared = prepare(program, isa, 1, lambda layers: {})
     return emit(make_plan(prepared), Context(prepared, isa, threads=1))
 
 

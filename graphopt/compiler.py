@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from graphopt.runtime import available_cpus
 
 if TYPE_CHECKING:
     from graphopt.backends.cpu.conv_plan import ConvChoice
+    from graphopt.backends.cpu.isa import Isa
+    from graphopt.backends.cpu.rivals import Rivals
+    from graphopt.backends.lower.float_fallback import Times
     from graphopt.tuning.options import Tuning
     from graphopt.tuning.report import TuningReport
     from graphopt.tuning.search import Search
@@ -61,7 +65,8 @@ def compile(
     A fake-quantized program is lowered in integers, bit for bit equal to ``artifact.program``; a float one in float32.
     ``target`` is a name of ``graphopt targets`` or "native" (this CPU). ``threads`` is the number the kernels are
     split for (default: the CPUs of this machine). A cost model chooses how kernels are cut; ``tune``, a clock budget like
-    "30s", measures other choices first and compiles the winners. ``tuning`` is the file that keeps the measurements (default:
+    "30s", measures other choices first and compiles the winners. A layer whose integer form is slower than its float form on
+    this target stays float; ``artifact.report.float_layers`` says which, and why. ``tuning`` is the file that keeps the measurements (default:
     in the user's cache folder) or a ``Tuning`` with a remote device; without ``tune`` its winners are used as they are.
 
     Raises TargetError for an unknown target, CompileError naming the operator that cannot be lowered, TuneError.
@@ -103,7 +108,9 @@ class _Compiler:
         from graphopt.backends.x86.isa import ISAS
 
         isa = ISAS[self.target.isa]
-        program = self._timed("prepare", lambda: prepare(self.source))
+        program = self._timed(
+            "prepare", lambda: prepare(self.source, isa, self.threads, self._times)
+        )
         choices, tuning = self._choices(program)
         context = Context(program, isa, self.threads, choices)
         lowered = self._timed("kernels", lambda: emit(make_plan(program), context))
@@ -144,6 +151,13 @@ class _Compiler:
         log.info("compile: %s took %.2f s", stage, self.stages[stage])
         return result
 
+    def _times(self, layers: Mapping[str, Rivals]) -> dict[str, Times]:
+        """Integer layers against their float forms, measured now where a budget was given."""
+        search = self.search
+        if search is None:
+            return {}
+        return self._timed("compare", lambda: search.compare(layers))  # type: ignore[no-any-return]
+
     def _choices(self, program: Program) -> tuple[dict[str, ConvChoice], TuningReport | None]:
         """The tuned choices, measured now where a budget was given."""
         search = self.search
@@ -155,19 +169,30 @@ class _Compiler:
         return choices, tuning
 
 
-def prepare(program: Program) -> Program:
-    """The program that is really compiled: identities removed, batch norm folded, integer where quantized."""
+def prepare(
+    program: Program,
+    isa: Isa,
+    threads: int,
+    times: Callable[[Mapping[str, Rivals]], Mapping[str, Times]],
+) -> Program:
+    """The program that is really compiled: identities removed, batch norm folded, integer where quantized, unless float is
+    faster: ``times`` says what was measured of these layers.
+    """
     from graphopt import ops
     from graphopt.backends.integerize import integerize
+    from graphopt.backends.lower.float_fallback import faster_in_float, integer_layers
     from graphopt.passes import FoldBatchNorm, RemoveIdentities
 
     for pass_ in (RemoveIdentities(), FoldBatchNorm()):
         program = pass_(program)
-    if any(
+    if not any(
         op is not None and op.kind == "fake_quantize" for op in map(ops.info, program.graph.nodes)
     ):
-        program = integerize(program, measure=False)
-    return program
+        return program
+    integer = integerize(program, measure=False)
+    layers = integer_layers(integer)
+    slower = faster_in_float(layers, isa, threads, times(layers))
+    return integerize(program, slower, measure=False) if slower else integer
 
 
 def _add_peak(functions: dict[str, Any], isa: Any, dtype: str) -> Peak:

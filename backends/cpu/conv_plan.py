@@ -353,6 +353,16 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
     )
 
 
+def estimate(workload: Conv2d, isa: Isa) -> float:
+    """Estimated cycles on one thread, cut by the cost model."""
+    plan = plan_conv2d(workload, isa)
+    lines = 1 if plan.flat_pixels else workload.y.height * (workload.y.batch or 1)
+    tile, residual = (plan.pixels, plan.vectors), workload.residual is not None
+    pixels, vectors, steps = line_pixels(workload), plan.group_vectors, plan.all_steps
+    one = estimate_cycles(isa, workload.x.dtype, pixels, vectors, steps, tile, residual)
+    return lines * plan.groups * one
+
+
 def chunk_tiles(
     workload: Conv2d, plan: ConvPlan, isa: Isa, tiles: int | None, image: int, threads: int
 ) -> int:

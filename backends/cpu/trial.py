@@ -12,7 +12,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from graphopt.backends.x86.isa import ISAS
 from graphopt.runtime import use_threads
 from graphopt.tuning.protocol import Unmeasurable
 
-_ROUND_SECONDS = 5e-3  # of each rival: short beside changes of the clock frequency
-_FEWEST_ROUNDS = 5
+ROUND_SECONDS = 5e-3  # of each rival: short beside changes of the clock frequency
+FEWEST_ROUNDS = 5
 _FLUSH = "cache_flush_cpu_non_first_arg"
 _CONNECT_SECONDS = 5.0
 _SESSION_SECONDS = 60  # after which the server ends a candidate that hangs
@@ -68,14 +68,16 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class CompiledKernel:
     name: str
     library: Any  # what tvm.compile made
     constants: tuple[np.ndarray[Any, Any], ...]
 
 
 @functools.lru_cache(maxsize=2)
-def _compiled(workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None) -> _Kernel:
+def _compiled(
+    workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None
+) -> CompiledKernel:
     function = conv2d(workload, isa, threads, choice)
     generator = np.random.default_rng(0)
     shape = (workload.y.channels, workload.x.channels // workload.groups, *workload.kernel)
@@ -85,7 +87,7 @@ def _compiled(workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | Non
     library = tvm.compile(function, target=isa.target())
     name = str(function.attrs["global_symbol"])
     packed = pack_conv2d(workload, isa, weight, None, multiplier, choice)
-    return _Kernel(name, library, tuple(packed))
+    return CompiledKernel(name, library, tuple(packed))
 
 
 def _activations(layout: Layout) -> np.ndarray[Any, Any]:
@@ -100,7 +102,7 @@ class _Here:
         use_threads(threads)
         self.device = tvm.cpu(0)
 
-    def load(self, kernel: _Kernel) -> Any:
+    def load(self, kernel: CompiledKernel) -> Any:
         return kernel.library.mod
 
 
@@ -120,7 +122,7 @@ class _There:
         configure(_BIG_CORES, threads)
         self.device = self.session.cpu(0)
 
-    def load(self, kernel: _Kernel) -> Any:
+    def load(self, kernel: CompiledKernel) -> Any:
         path = self.folder / f"{kernel.name}.so"
         kernel.library.export_library(str(path))
         self.session.upload(str(path))
@@ -137,49 +139,55 @@ def _check_tracker(remote: Remote) -> None:
 
 
 @contextlib.contextmanager
-def _device(job: Job) -> Iterator[_Here | _There]:
-    if job.remote is None:
-        yield _Here(job.threads)
+def open_device(remote: Remote | None, threads: int) -> Iterator[_Here | _There]:
+    """This machine, or one of a tracker."""
+    if remote is None:
+        yield _Here(threads)
         return
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        yield _There(job.remote, job.threads, Path(folder))
+        yield _There(remote, threads, Path(folder))
 
 
-def _timer(device: _Here | _There, kernel: _Kernel, workload: Conv2d) -> Callable[[int], float]:
-    """``timer(n)``: the median seconds of ``n`` calls on cold caches."""
-    arrays = [_activations(workload.x), *kernel.constants]
-    if workload.residual is not None:
-        arrays.append(_activations(workload.residual))
-    arrays.append(_activations(workload.y))
+def timer(
+    device: _Here | _There, kernel: CompiledKernel, layouts: Sequence[Layout]
+) -> Callable[[int], float]:
+    """``seconds(n)``: the median of ``n`` calls on cold caches. ``layouts`` are those of the inputs and the output."""
+    x, *others = map(_activations, layouts)
+    arrays = [x, *kernel.constants, *others]
     arguments = [tvm.runtime.tensor(array, device.device) for array in arrays]
     module = device.load(kernel)
 
-    def timer(calls: int) -> float:
+    def seconds(calls: int) -> float:
         evaluate = module.time_evaluator(
             kernel.name, device.device, number=1, repeat=calls, f_preproc=_FLUSH
         )
         return float(statistics.median(evaluate(*arguments).results))
 
-    return timer
+    return seconds
+
+
+def _layouts(workload: Conv2d) -> list[Layout]:
+    residual = [] if workload.residual is None else [workload.residual]
+    return [workload.x, *residual, workload.y]
 
 
 def run(job: Job) -> Result:
     """Compile both, then time them in turns. Raises ``Unmeasurable`` where it is not the candidate that fails."""
-    isa = ISAS[job.isa]
+    isa, layouts = ISAS[job.isa], _layouts(job.workload)
     with contextlib.ExitStack() as stack:
         try:
-            device = stack.enter_context(_device(job))
+            device = stack.enter_context(open_device(job.remote, job.threads))
             kernel = _compiled(job.workload, isa, job.threads, None)
-            reference = _timer(device, kernel, job.workload)
-            calls = max(3, int(_ROUND_SECONDS / max(reference(1), 1e-6)))
+            reference = timer(device, kernel, layouts)
+            calls = max(3, int(ROUND_SECONDS / max(reference(1), 1e-6)))
         except Exception as error:
             raise Unmeasurable(str(error)) from error
         kernel = _compiled(job.workload, isa, job.threads, job.choice)
-        timers = [_timer(device, kernel, job.workload), reference]
+        timers = [timer(device, kernel, layouts), reference]
         turns: list[list[float]] = []
         stop = time.perf_counter() + job.seconds
-        while len(turns) < _FEWEST_ROUNDS or time.perf_counter() < stop:
-            turns.append([timer(calls) for timer in timers])
+        while len(turns) < FEWEST_ROUNDS or time.perf_counter() < stop:
+            turns.append([seconds(calls) for seconds in timers])
     ratio = statistics.median(mine / its for mine, its in turns)
     seconds, its = (statistics.median(column) for column in zip(*turns, strict=True))
     return Result(seconds, its, ratio)

@@ -6,7 +6,7 @@ form stays float between ``dequantize`` and ``quantize``; the history record's d
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,11 +24,13 @@ class Integerize(Pass):
     """``clamp(rint(v / s_y) + zp_y)`` of a float64 layer becomes ``rint(float32(acc) * (s_x * s_w / s_y))``.
 
     Outputs move by at most one quantization step where a rounding falls the other way. ``keep_float`` names nodes (by
-    name or provenance) that stay float. ``measure`` runs the result in PyTorch, in float64 convolutions, for its error.
+    name or provenance) that stay float, ``reasons`` pairs of a node's name and why it does. ``measure`` runs the result in
+    PyTorch, in float64 convolutions, for its error.
     """
 
     keep_float: tuple[str, ...] = ()
     measure: bool = True
+    reasons: tuple[tuple[str, str], ...] = ()
 
     name: ClassVar[str] = "integerize"
     contract: ClassVar[Contract] = lossy
@@ -37,15 +39,20 @@ class Integerize(Pass):
         return self.measure
 
     def apply(self, edit: Edit) -> None:
-        Lowering(edit, frozenset(self.keep_float)).run()
+        Lowering(edit, frozenset(self.keep_float), dict(self.reasons)).run()
 
 
-def integerize(program: Program, keep_float: Collection[str] = (), measure: bool = True) -> Program:
+def integerize(
+    program: Program, keep_float: Collection[str] | Mapping[str, str] = (), measure: bool = True
+) -> Program:
     """``program`` at the integer level: it still runs in PyTorch, and every compiled kernel equals it bit for bit.
 
-    ``keep_float`` names nodes that stay float; without ``measure`` the history record holds no error. Raises
-    IntegerizeError for quantization parameters that no integer program can hold (a scale of zero or NaN, say).
+    ``keep_float`` names nodes that stay float, by name or provenance; a mapping names them exactly and says why. Without
+    ``measure`` the history record holds no error. Raises IntegerizeError for quantization parameters that no integer
+    program can hold (a scale of zero or NaN, say).
     """
+    if isinstance(keep_float, Mapping):
+        return Integerize((), measure, tuple(sorted(keep_float.items())))(program)
     return Integerize(tuple(sorted(keep_float)), measure)(program)
 
 

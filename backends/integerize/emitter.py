@@ -17,6 +17,8 @@ from graphopt.integer.arithmetic import FixedPointAdd, QParams
 integer_ops = torch.ops.graphopt
 aten = torch.ops.aten
 
+FLOAT_LAYER = "float_layer"  # in the metadata of an integer layer
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -40,6 +42,12 @@ class Place:
     def after(self, node: fx.Node) -> Place:
         """The same place for nodes that take over ``node`` as well."""
         return Place(self.anchor, (node, *self.origins))
+
+
+def _of(layer: fx.Node, made: fx.Node) -> fx.Node:
+    """``made``, with the name of the float layer whose integer form it is."""
+    made.meta[FLOAT_LAYER] = layer.name
+    return made
 
 
 class Emitter:
@@ -133,16 +141,17 @@ class Emitter:
         build = self.build(place)
         if layer.window is None:
             target = integer_ops.linear_dequantize if y is None else integer_ops.linear
-            return build.call(target.default, x.node, *arguments)
+            return _of(node, build.call(target.default, x.node, *arguments))
         window = layer.window
         padding = [own + outer for own, outer in zip(window.padding, pad, strict=True)]
         geometry = (list(window.stride), padding, list(window.dilation), window.groups)
         arguments = (*operands, *geometry, x.qparams.zero_point, *ending)
         target = integer_ops.conv2d_dequantize if y is None else integer_ops.conv2d
         if layer.rank == 4:
-            return build.call(target.default, x.node, *arguments)
+            return _of(node, build.call(target.default, x.node, *arguments))
         image = build.call(aten.unsqueeze.default, x.node, 2)
-        return build.call(aten.squeeze.dim, build.call(target.default, image, *arguments), 2)
+        made = _of(node, build.call(target.default, image, *arguments))
+        return build.call(aten.squeeze.dim, made, 2)
 
     def _operands(
         self, layer: layers.Layer, multiplier: torch.Tensor, place: Place

@@ -8,6 +8,7 @@ fake-quantize, and every copy, max pool or clamp of a quantized node. ``_quantiz
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +34,12 @@ _NO_PAD = (0, 0, 0, 0)
 
 
 class Lowering:
-    """One run over one program. ``keep_float`` holds names of nodes that get no integer form."""
+    """One run over one program. ``keep_float`` and ``kept`` (with reasons) hold names of nodes that get no integer form."""
 
-    def __init__(self, edit: Edit, keep_float: frozenset[str]) -> None:
+    def __init__(self, edit: Edit, keep_float: frozenset[str], kept: Mapping[str, str]) -> None:
         self._edit = edit
         self._keep_float = keep_float
+        self._kept = kept
         self._constants = Constants(edit.program)
         self._emit = Emitter(edit, self._constants)
         self._quantized: dict[fx.Node, Quantized] = {}
@@ -259,6 +261,8 @@ class Lowering:
     # --- what stays float ----------------------------------------------------------------------------------------
 
     def _is_kept(self, node: fx.Node) -> bool:
+        if node.name in self._kept:
+            return True
         names = {node.name, *node.meta.get("provenance", ())}
         return not self._keep_float.isdisjoint(names)
 
@@ -271,7 +275,7 @@ class Lowering:
 
     def _reason(self, node: fx.Node) -> str:
         if self._is_kept(node):
-            return "kept in float on request"
+            return self._kept.get(node.name, "kept in float on request")
         if node in self._reasons:
             return self._reasons[node]
         op = ops.info(node)

@@ -18,9 +18,9 @@ from graphopt.backends.cpu.candidates import fits, workload_key
 from graphopt.backends.cpu.conv import conv2d
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
+from graphopt.backends.cpu.rivals import is_depthwise, is_winograd
 from graphopt.backends.cpu.winograd import winograd
-from graphopt.backends.cpu.winograd_plan import fits as winograd_fits
-from graphopt.backends.cpu.winograd_plan import is_faster, plan_winograd, sums_fit
+from graphopt.backends.cpu.winograd_plan import plan_winograd, sums_fit
 from graphopt.backends.cpu.winograd_weights import pack_winograd, weight_transform
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
 from graphopt.backends.lower.fusing import following_activation, later_residual, sole_user
@@ -98,8 +98,9 @@ class ConvolutionStep(Step):
     def fill(self, index: int) -> int:
         return self.x_zero_point if index == 0 else 0
 
-    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
-        workload = Conv2d(
+    def workload(self, inputs: list[Layout], output: Layout) -> Conv2d:
+        """What the kernel computes on these layouts."""
+        return Conv2d(
             x=inputs[0],
             y=output,
             kernel=self.window.kernel,
@@ -111,8 +112,11 @@ class ConvolutionStep(Step):
             epilogue=self.epilogue,
             residual=inputs[1] if len(inputs) > 1 else None,
         )
+
+    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+        workload = self.workload(inputs, output)
         weight, bias, multiplier = self._arrays(context, workload)
-        if workload.groups == workload.x.channels == workload.y.channels > 1:
+        if is_depthwise(workload):
             function = depthwise(workload, context.isa, context.threads)
             packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
             return Kernel(_name(function), function, tuple(packed), workload.macs)
@@ -139,7 +143,7 @@ class ConvolutionStep(Step):
 
 
 def _is_winograd(context: Context, workload: Conv2d, weight: Array) -> bool:
-    if not winograd_fits(workload) or not is_faster(workload, context.isa, context.threads):
+    if not is_winograd(workload, context.isa, context.threads, sums_fit=True):
         return False
     return workload.x.dtype == "float32" or sums_fit(weight)
 

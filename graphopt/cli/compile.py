@@ -104,3 +104,5 @@ def command(
         f"{output}: {size(summary['bytes'])}, target {manifest.target}, "
         f"{len(manifest.kernels)} kernels, {manifest.threads} thread(s)"
     )
+    for node, reason in artifact.report.float_layers:
+        print(f"{node} stays float: {reason}")

@@ -45,6 +45,10 @@ def command(
     layers = sorted(stats.get("layers", ()), key=lambda layer: -layer["macs"])[:most]
     if layers:
         print_table("layers, by MACs", tuple(layers[0]), [tuple(row.values()) for row in layers])
+    floats = report.get("report", {}).get("float_layers", ())[:most]
+    if floats:
+        rows = [tuple(layer.values()) for layer in floats]
+        print_table("layers that stay float", ("node", "reason"), rows)
     kernels = report.get("kernels", [])[:most]
     if kernels:
         print_table("kernels, in order", tuple(kernels[0]), [tuple(k.values()) for k in kernels])

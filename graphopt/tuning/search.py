@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from graphopt.backends.targets import Target, resolve
@@ -17,8 +19,13 @@ from graphopt.tuning.store import Store
 
 if TYPE_CHECKING:
     from graphopt.backends.cpu.conv_plan import ConvChoice
+    from graphopt.backends.cpu.isa import Isa
+    from graphopt.backends.cpu.rivals import Rivals
+    from graphopt.backends.cpu.trial import Remote
     from graphopt.backends.cpu.workload import Conv2d
+    from graphopt.backends.lower.float_fallback import Times
 
+_COMPARING = 0.25  # of the budget, for integer layers against their float forms
 Place = str | os.PathLike[str]
 
 
@@ -32,6 +39,8 @@ class Search:
         self.threads = threads
         self.tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
         self.seconds = None if budget is None else parse_budget(budget)
+        self._spent = 0.0
+        self._interrupted = False
         if self.seconds is not None and self.tuning.key is not None and self.tuning.rpc is None:
             raise TuneError(
                 f"device {self.tuning.key!r} cannot be measured without its RPC tracker; name it with rpc"
@@ -46,28 +55,52 @@ class Search:
                 f"the tuning store {self.tuning.path} does not exist; measure first, with tune or graphopt tune"
             )
 
+    def compare(self, layers: Mapping[str, Rivals]) -> dict[str, Times]:
+        """Times of integer layers and of their float forms, by ``Rivals.key``; a quarter of the budget may go into them."""
+        from graphopt.tuning.comparison import Comparison
+
+        with Store(self.tuning.path) as store:
+            comparison = Comparison(layers, *self._device(), store, self._remote())
+            if self.seconds is not None:
+                started = time.monotonic()
+                try:
+                    with meter("comparing with float32") as progress:
+                        comparison.run(self.seconds * _COMPARING, progress)
+                except KeyboardInterrupt:
+                    self._interrupted = True
+                self._spent = time.monotonic() - started
+            return comparison.times()
+
     def run(self, program: Program) -> tuple[dict[str, ConvChoice], TuningReport]:
         """The winners by workload key, and the report. ``program`` is what ``prepare`` made."""
-        from graphopt.backends.cpu.trial import Remote
-        from graphopt.backends.x86.isa import ISAS
         from graphopt.tuning.tuner import Tuner
 
-        isa, tuning = ISAS[self.target.isa], self.tuning
-        remote = None
-        if tuning.rpc is not None and tuning.key is not None:
-            remote = Remote(*tuning.address, tuning.key)
-        device = cpu_name() if tuning.key is None else f"device {tuning.key}"
         tunable = self._tunable(program)
-        with Store(tuning.path) as store:
-            tuner = Tuner(tunable, isa, self.threads, device, store, remote)
-            interrupted = False
-            if self.seconds is not None:
+        with Store(self.tuning.path) as store:
+            tuner = Tuner(tunable, *self._device(), store, self._remote())
+            if self.seconds is not None and not self._interrupted:
                 try:
                     with meter("tuning") as progress:
-                        tuner.run(self.seconds, progress)
+                        tuner.run(self.seconds - self._spent, progress)
                 except KeyboardInterrupt:
-                    interrupted = True
-            return tuner.choices(), tuner.report(interrupted)
+                    self._interrupted = True
+            return tuner.choices(), tuner.report(self._interrupted)
+
+    def _device(self) -> tuple[Isa, int, str]:
+        """What is measured on: the ISA row, the threads, the device's name."""
+        from graphopt.backends.x86.isa import ISAS
+
+        key = self.tuning.key
+        name = cpu_name() if key is None else f"device {key}"
+        return ISAS[self.target.isa], self.threads, name
+
+    def _remote(self) -> Remote | None:
+        from graphopt.backends.cpu.trial import Remote
+
+        tuning = self.tuning
+        if tuning.rpc is None or tuning.key is None:
+            return None
+        return Remote(*tuning.address, tuning.key)
 
     def _tunable(self, program: Program) -> list[tuple[Conv2d, str]]:
         """The workloads that lowering meets, with the cost model's choices."""
@@ -95,5 +128,8 @@ def tune(
 
     Raises ``TuneError``, and ``TargetError`` where neither this machine nor a remote device runs the target's code.
     """
-    search = Search(resolve(target), thread_count(threads), tuning, budget)
-    return search.run(prepare(program))[1]
+    from graphopt.backends.x86.isa import ISAS
+
+    row, count = resolve(target), thread_count(threads)
+    search = Search(row, count, tuning, budget)
+    return search.run(prepare(program, ISAS[row.isa], count, search.compare))[1]

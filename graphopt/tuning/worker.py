@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from graphopt.tuning.protocol import serve
 
@@ -12,9 +14,10 @@ def main() -> None:
     from graphopt.runtime import tvm_runtime
 
     tvm_runtime()  # first, so that its thread pool is made as in a session
-    from graphopt.backends.cpu import trial
+    from graphopt.backends.cpu import trial, versus
 
-    serve(trial.run)
+    runs: dict[type, Callable[[Any], Any]] = {trial.Job: trial.run, versus.Job: versus.run}
+    serve(lambda job: runs[type(job)](job))
 
 
 if __name__ == "__main__":
