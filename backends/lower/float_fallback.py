@@ -18,7 +18,7 @@ from graphopt.backends.cpu.workload import Layout
 from graphopt.backends.integerize.emitter import FLOAT_LAYER
 from graphopt.backends.lower.convolution import ConvolutionStep
 from graphopt.backends.lower.plan import Plan, make_plan
-from graphopt.backends.lower.step import image_layout, is_integer_op, padded_rows
+from graphopt.backends.lower.step import image_layout, padded_rows
 from graphopt.program import Program
 
 CALL_SECONDS = 0.5e-6  # a further kernel: the virtual machine's call
@@ -40,8 +40,9 @@ def integer_layers(program: Program) -> dict[str, Rivals]:
     plan = make_plan(program)
     found: dict[str, Rivals] = {}
     for step in plan.steps.values():
-        if isinstance(step, ConvolutionStep) and is_integer_op(step.nodes[0]):
-            found[step.nodes[0].meta[FLOAT_LAYER]] = _rivals(plan, step)
+        name = step.nodes[0].meta.get(FLOAT_LAYER)
+        if name is not None and isinstance(step, ConvolutionStep):
+            found[name] = _rivals(plan, step)
     return found
 
 
