@@ -81,7 +81,8 @@ def estimate(rivals: Rivals, isa: Isa, threads: int) -> tuple[float, float] | No
     """Estimated cycles of the integer and the float form on one thread; None for depthwise layers.
 
     Of 20 layers each on AVX-512 VNNI, AVX2 and SSE4, the ratio of the two is within a third of the measured one, but for
-    layers of a wide margin: there float is up to twice as slow, or as fast, as this says.
+    layers of a wide margin: there float is up to twice as slow, or as fast, as this says. Winograd's form of few channels on
+    AVX-512 without VNNI takes twice the estimate: such a layer stays int8 until it is measured.
     """
     if is_depthwise(rivals.int8):
         return None
