@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.backends.cpu.bias import folded_bias
 from graphopt.backends.cpu.conv_plan import ConvChoice, ConvPlan, plan_conv2d
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
@@ -67,7 +68,7 @@ def pack_conv2d(
     """The kernel's constant arguments in order: packed weight, bias, and for uint8 activations the multiplier.
 
     ``weight`` is OIHW (int8 or float32), ``bias`` [O] (int32 or float32, None for zeros), ``multiplier`` float32 [O].
-    ``-x_zero_point * sum(w)`` is folded into the bias, in wrapping int32 like the accumulators.
+    The bias is ``folded_bias``.
     """
     plan = plan_conv2d(workload, isa, choice)
     o, i = workload.y.channels, workload.x.channels // workload.groups
@@ -77,8 +78,8 @@ def pack_conv2d(
         )
     if workload.x.dtype == "float32":
         weight = weight.astype(np.float32, copy=False)
-        shift = np.zeros(o, np.float32) if bias is None else bias.astype(np.float32, copy=False)
-        return [_pack_weight(workload, plan, isa, weight), _pack_channels(plan, shift)]
+        start = folded_bias(workload, weight, bias)
+        return [_pack_weight(workload, plan, isa, weight), _pack_channels(plan, start)]
     if weight.dtype != np.int8:
         raise CompileError(
             f"conv2d on uint8 activations takes an int8 weight, not {weight.dtype}; quantize it"
@@ -87,12 +88,8 @@ def pack_conv2d(
         raise CompileError(
             "conv2d on uint8 activations takes a multiplier for each output channel; pass one"
         )
-    sums = weight.astype(np.int64).sum(axis=(1, 2, 3))
-    folded = (np.zeros(o, np.int64) if bias is None else bias.astype(np.int64)) - (
-        workload.x_zero_point * sums
-    )
     return [
         _pack_weight(workload, plan, isa, weight),
-        _pack_channels(plan, folded.astype(np.int32)),
+        _pack_channels(plan, folded_bias(workload, weight, bias)),
         _pack_channels(plan, multiplier.astype(np.float32, copy=False)),
     ]

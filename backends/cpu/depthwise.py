@@ -15,8 +15,9 @@ import numpy.typing as npt
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.cpu.bias import folded_bias
 from graphopt.backends.cpu.depthwise_bytes import ByteKernel
-from graphopt.backends.cpu.depthwise_plan import folded_bias, pack_bytes, plan_bytes
+from graphopt.backends.cpu.depthwise_plan import pack_bytes, plan_bytes
 from graphopt.backends.cpu.emit import (
     MAX_ALLOCA_BYTES,
     Buffer,
@@ -113,9 +114,6 @@ def pack_depthwise(
     plan = _plan(workload, isa)
     packed = np.stack([weight[first : first + plan.lanes, 0] for first in plan.blocks])
     packed = np.ascontiguousarray(packed.transpose(0, 2, 3, 1)).reshape(-1)
-    if weight.dtype == np.float32:
-        zeros = np.zeros(plan.channels, np.float32)
-        return [packed, zeros if bias is None else bias.astype(np.float32)]
     sums = folded_bias(workload, weight, bias)
     return [packed, sums] if multiplier is None else [packed, sums, multiplier.astype(np.float32)]
 

@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.backends.cpu.bias import folded_bias
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
 
@@ -135,15 +136,6 @@ def carried_columns(workload: Conv2d) -> int:
     if workload.dilation[1] != 1:
         return 0
     return max(0, workload.kernel[1] - workload.stride[1])
-
-
-def folded_bias(
-    workload: Conv2d, weight: npt.NDArray[np.generic], bias: npt.NDArray[np.generic] | None
-) -> npt.NDArray[np.int32]:
-    """``bias - zero_point * sum(weight)`` a channel."""
-    start = 0 if bias is None else bias.astype(np.int64)
-    total: npt.NDArray[np.int64] = weight.astype(np.int64).sum(axis=(1, 2, 3))
-    return (start - workload.x_zero_point * total).astype(np.int32)
 
 
 def _channel_order(plan: BytePlan, block: Block) -> npt.NDArray[np.intp]:

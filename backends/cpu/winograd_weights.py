@@ -12,6 +12,7 @@ import tvm
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
+from graphopt.backends.cpu.bias import folded_bias
 from graphopt.backends.cpu.emit import Expr, bind
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.winograd_plan import WinogradPlan, plan_winograd
@@ -33,7 +34,7 @@ def pack_winograd(
     """The constant arguments in order: taps ``[3 * 3][in][out]``, bias and, for uint8 activations, the multiplier.
 
     ``weight`` is OIHW (int8 or float32), ``bias`` [O], ``multiplier`` [O]. Channels are padded with zeros.
-    ``-x_zero_point * sum(w)`` is folded into the bias, in wrapping int32.
+    The bias is ``folded_bias``.
     """
     plan = plan_winograd(workload, isa, threads)
     taps = np.zeros((_TAPS, plan.in_channels, plan.packed_channels), weight.dtype)
@@ -45,14 +46,8 @@ def pack_winograd(
         whole[:out] = values
         return whole
 
-    if multiplier is None:
-        shift = np.zeros(out, np.float32) if bias is None else bias.astype(np.float32, copy=False)
-        return [taps, padded(shift)]
-    sums = weight.astype(np.int64).sum(axis=(1, 2, 3))
-    folded = (np.zeros(out, np.int64) if bias is None else bias.astype(np.int64)) - (
-        workload.x_zero_point * sums
-    )
-    return [taps, padded(folded.astype(np.int32)), padded(multiplier.astype(np.float32))]
+    constants = [taps, padded(folded_bias(workload, weight, bias))]
+    return constants if multiplier is None else [*constants, padded(multiplier.astype(np.float32))]
 
 
 class _Transform:
