@@ -16,8 +16,9 @@ def folded_bias(workload: Conv2d, weight: Array, bias: Array | None) -> Array:
     ``sum((x - z) * w) + b = sum(x * w) + (b - z * sum(w))``, where the margins of x hold z.
     """
     if workload.x.dtype == "float32":
-        zero = np.zeros(weight.shape[0], np.float32)
-        return zero if bias is None else bias.astype(np.float32, copy=False)
+        values = np.zeros(weight.shape[0]) if bias is None else bias
+        floats: npt.NDArray[np.float32] = values.astype(np.float32, copy=False)
+        return floats
     start = np.zeros(weight.shape[0], np.int64) if bias is None else bias.astype(np.int64)
     total = weight.astype(np.int64).sum(axis=(1, 2, 3))
     return (start - workload.x_zero_point * total).astype(np.int32)
