@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -129,7 +130,7 @@ class _Compiler:
             target=self.target.name,
             triple=self.target.triple,
             features=tuple(sorted(self.target.features)),
-            inputs=tuple(_spec(node, program) for node in program.inputs),
+            inputs=tuple(_input_spec(node, program, lowered.unaligned) for node in program.inputs),
             outputs=tuple(_output_specs(program)),
             output_structure=_structure(program),
             weights=tuple(weights),
@@ -229,6 +230,13 @@ def _spec(node: Any, program: Program) -> TensorSpec:
         Dim(str(s), low, high) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
     )
     return TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape)
+
+
+def _input_spec(node: Any, program: Program, unaligned: frozenset[str]) -> TensorSpec:
+    spec = _spec(node, program)
+    if spec.name not in unaligned:
+        return spec
+    return dataclasses.replace(spec, alignment=node.meta["val"].element_size())
 
 
 def _output_specs(program: Program) -> list[TensorSpec]:

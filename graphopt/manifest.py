@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.weights_file import ALIGNMENT
+
 FORMAT_VERSION = 2
 
 
@@ -34,11 +36,15 @@ class Dim:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, NumPy dtype and shape of an input, an output or a scratch tensor."""
+    """Name, NumPy dtype and shape of an input, an output or a scratch tensor.
+
+    An input is read where it is if its data begins at a multiple of ``alignment`` bytes.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | Dim, ...]
+    alignment: int = ALIGNMENT
 
     def describe(self) -> str:
         """``float32 [batch in 1..8, 3, 224, 224]``."""

@@ -105,8 +105,8 @@ class _Input:
 
     def tensor(self, array: Array) -> Any:
         """Return a TVM tensor of ``array``: itself where it lies well, else a copy in the buffer."""
-        if array.flags.writeable and is_aligned(array):
-            return self._from_dlpack(array, require_alignment=ALIGNMENT)
+        if array.flags.writeable and is_aligned(array, self.spec.alignment):
+            return self._from_dlpack(array, require_alignment=self.spec.alignment)
         if self._tensor is None or self._buffer.shape != array.shape:
             self._buffer = aligned_empty(array.shape, self.dtype)
             self._tensor = self._from_dlpack(self._buffer, require_alignment=ALIGNMENT)
@@ -174,9 +174,9 @@ class Session:
     """Call it with the model's inputs; it returns NumPy arrays in the structure of its outputs.
 
     Inputs are NumPy arrays, or anything with DLPack, positional or by name; any strides and alignment
-    (64-byte aligned, contiguous, writable ones are passed without a copy). Raises ``InputError`` naming
-    the argument. Safe to call from many threads: each call runs on its caller's thread and
-    ``threads - 1`` helpers of TVM's pool.
+    (contiguous, writable ones that begin at a multiple of their spec's ``alignment`` are passed without a
+    copy). Raises ``InputError`` naming the argument. Safe to call from many threads: each call runs on its
+    caller's thread and ``threads - 1`` helpers of TVM's pool.
     """
 
     def __init__(self, artifact: Compiled, threads: int | None = None) -> None:

@@ -47,9 +47,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[An
     return np.ndarray(shape, dtype, block, start)
 
 
-def is_aligned(array: np.ndarray[Any, Any]) -> bool:
+def is_aligned(array: np.ndarray[Any, Any], alignment: int = ALIGNMENT) -> bool:
     """Tell whether a kernel can read the array where it is."""
-    return bool(array.flags.c_contiguous) and array.ctypes.data % ALIGNMENT == 0
+    return bool(array.flags.c_contiguous) and array.ctypes.data % alignment == 0
 
 
 def encode(tensors: Mapping[str, np.ndarray[Any, Any]]) -> bytes:

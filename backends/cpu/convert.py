@@ -197,7 +197,8 @@ def convert(workload: Convert, isa: Isa, threads: int) -> PrimFunc:
     legible = f"{x.height}x{x.width}x{x.channels}_{workload.x_order}_{workload.y_order}"
     name = kernel_name(_kind(workload), legible, key, isa.name, threads)
     arguments = (
-        activation_argument("x", x, workload.x_order),
+        # It may be the caller's own array: NumPy's begin at multiples of 16 bytes.
+        replace(activation_argument("x", x, workload.x_order), unaligned=True),
         activation_argument("y", y, workload.y_order),
     )
     bits, lanes = 8 * isa.vector_bytes, isa.lanes

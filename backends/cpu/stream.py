@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import tvm
 from tvm import tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -35,11 +36,15 @@ UNROLLED_STEPS = 4
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of a kernel: its name, shape (None for the shared dynamic batch) and element type."""
+    """One parameter of a kernel: its name, shape (None for the shared dynamic batch) and element type.
+
+    Where it is ``unaligned`` its data begins at any element, elsewhere at a multiple of 64 bytes.
+    """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
+    unaligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def build(
         buffers = []
         for argument in arguments:
             shape = tuple(dynamic if size is None else size for size in argument.shape)
-            buffers.append(T.arg(argument.name, T.buffer(shape, argument.dtype)))
+            align = tvm.DataType(argument.dtype).itemsize if argument.unaligned else 0
+            buffers.append(T.arg(argument.name, T.buffer(shape, argument.dtype, align=align)))
         leading = arguments[-1].shape[0]
         body(dynamic if leading is None else leading, [flat(buffer) for buffer in buffers])
     return builder.get()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from tvm import DataType
 
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.lower import resize
@@ -54,7 +55,8 @@ class Lowered:
     """The emitted module, its kernels by name, a row a call in order of execution, and what tuning can choose for:
     workloads with the layer they came from.
 
-    ``stored`` has the arrays of those parameters that the transforms of ``transforms`` make at loading.
+    ``stored`` has the arrays of those parameters that the transforms of ``transforms`` make at loading. ``unaligned`` names
+    the inputs that kernels read wherever their data begins.
     """
 
     module: fx.GraphModule
@@ -63,6 +65,7 @@ class Lowered:
     tunable: list[tuple[Conv2d, str]] = field(default_factory=list)
     stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     transforms: list[WeightTransform] = field(default_factory=list)
+    unaligned: frozenset[str] = frozenset()
 
 
 def emit(plan: Plan, context: Context) -> Lowered:
@@ -85,7 +88,23 @@ class _Emitter:
             self._node(node)
         module = fx.GraphModule(self.root, self.graph, class_name="Lowered")
         module.graph.lint()
-        return replace(self.lowered, module=module)
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        unaligned = frozenset(str(node.target) for node in inputs if self._is_unaligned(node))
+        return replace(self.lowered, module=module, unaligned=unaligned)
+
+    def _is_unaligned(self, node: fx.Node) -> bool:
+        """True where kernels alone read the input, and take it at any element."""
+        for user in node.users:
+            if user.target == aten.sym_size.int:
+                continue
+            if user.target != torch.ops.graphopt.call_kernel.default or user.args[1] == ONE_TENSOR:
+                return False
+            parameters = self.lowered.functions[str(user.args[1])].params
+            tensors: Any = user.args[0]
+            for tensor, buffer in zip(tensors, parameters, strict=False):  # the last is the result
+                if tensor is node and buffer.data_alignment > DataType(buffer.dtype).itemsize:
+                    return False
+        return True
 
     def _node(self, node: fx.Node) -> None:
         step = self.plan.steps.get(node)
