@@ -17,8 +17,7 @@ def folded_bias(workload: Conv2d, weight: Array, bias: Array | None) -> Array:
     """
     if workload.x.dtype == "float32":
         values = np.zeros(weight.shape[0]) if bias is None else bias
-        floats: npt.NDArray[np.float32] = values.astype(np.float32, copy=False)
-        return floats
+        return values.astype(np.float32, copy=False)
     start = np.zeros(weight.shape[0], np.int64) if bias is None else bias.astype(np.int64)
-    total = weight.astype(np.int64).sum(axis=(1, 2, 3))
+    total: npt.NDArray[np.int64] = weight.astype(np.int64).sum(axis=(1, 2, 3))
     return (start - workload.x_zero_point * total).astype(np.int32)
