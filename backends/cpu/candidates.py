@@ -58,8 +58,8 @@ def tuned_form(workload: Conv2d) -> Conv2d:
     add = epilogue.residual_add
     if add is not None:
         rounded = QuantizedAdd(
-            a_multiplier=1 << 19,
-            b_multiplier=1 << 19,
+            a_multiplier=700_001,  # no power of two: LLVM would shift, which costs less than a product
+            b_multiplier=511_111,
             shift=20,
             a_zero_point=min(add.a_zero_point, 1),
             b_zero_point=min(add.b_zero_point, 1),

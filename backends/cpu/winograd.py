@@ -33,6 +33,8 @@ from graphopt.backends.cpu.winograd_transform import (
 )
 from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
+_LINE_BYTES = 64
+
 
 def function_name(workload: Conv2d, isa: Isa, threads: int) -> str:
     """``winograd_u8s8_56x56x64_64_<hash>``: legible, unique, blind to what does not shape the code."""
@@ -225,7 +227,7 @@ class _Kernel:
             row = bind(weights + k * (vectors * lanes))
             columns = [bind(emit.load(self.weight, row + v * lanes, lanes)) for v in range(vectors)]
             if plan.streams:
-                line = 64 // 4
+                line = _LINE_BYTES // 4
                 size = -(-vectors * lanes // plan.calls)
                 for offset in range(0, size, line):
                     emit.prefetch(self.weight, ahead + k * size + offset)

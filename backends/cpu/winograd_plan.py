@@ -20,14 +20,9 @@ from graphopt.backends.cpu.workload import Conv2d
 _MOST_VECTORS = 3  # wider blocks make the buffer of products outgrow L1 for nothing
 _LINE = 16  # words of a cache line
 _CHUNK_SHARE = 0.7  # of L2, for a chunk's transformed inputs and products, and for weights that fit
-_INPUT_CYCLES = {
-    "uint8": 120.0,
-    "float32": 300.0,
-}  # a tile and vector of channels: 36 loads, 12 transforms, 36 stores
-_OUTPUT_CYCLES = {
-    "uint8": 120.0,
-    "float32": 200.0,
-}  # a tile and vector of channels: 36 loads, 10 transforms, 16 epilogues
+# A tile and vector of channels: 36 loads, 12 transforms, 36 stores; and 36 loads, 10 transforms, 16 epilogues.
+_INPUT_CYCLES = {"uint8": 120.0, "float32": 300.0}
+_OUTPUT_CYCLES = {"uint8": 120.0, "float32": 200.0}
 _PRODUCT_CYCLES = 0.7  # a vector of products stored beside the next tile's sums
 _CALL_CYCLES = 20.0  # a register tile: its addresses, its loop
 _L2_BYTES_A_CYCLE = 32.0
@@ -43,10 +38,9 @@ _GAIN = 0.95  # of the direct form's time, above which the direct form stays
 
 @dataclass(frozen=True)
 class WinogradPlan:
-    """The cut of one convolution; ``steps`` products deep, ``tiles x vectors`` registers of sums. ``streams``: the
-    weights come from beyond L2.
+    """The cut of one convolution: ``steps`` products deep, ``tiles x vectors`` registers of sums.
 
-    ``in_channels`` counts pad channels up to a whole step. ``chunk`` tiles share a buffer; ``splits`` is how many tasks share
+    ``streams``: the weights come from beyond L2. ``in_channels`` counts pad channels up to a whole step. ``chunk`` tiles share a buffer; ``splits`` is how many tasks share
     a chunk's output channels, each of which transforms the input for itself.
     """
 
