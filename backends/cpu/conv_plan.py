@@ -37,6 +37,9 @@ _CROWDED_CYCLES = (
     1.0  # an accumulator above half the registers: the epilogue's constants leave theirs
 )
 _BURST_PENALTY = 3.0  # three packs at once are more than the steps around them hide
+_FEW_STEPS = 12  # that leave an epilogue little to run beside
+_FEW_SUMS = 12
+_HURRIED_PENALTY = 1.25  # 224 x 224 x 3 -> 32: 8 x 2 takes 60 us, 6 x 2 and 8 x 1 take 45
 _PAGE_BYTES = 4096  # pixels this far apart share one set of the L1 cache
 _ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the speed of 7 x 2
 
@@ -237,7 +240,9 @@ def _overlapped_cycles(isa: Isa, pixels: int, vectors: int, steps: int) -> float
     burst = _BURST_PENALTY if unit * vectors > 2 * PACKED_VECTORS else 1.0
     epilogue = finished * (vectors * _BESIDE_CYCLES * burst + _BESIDE_PIXEL_CYCLES)
     crowded = max(0, pixels * vectors - isa.registers // 2) * _CROWDED_CYCLES
-    return steps * step + epilogue + crowded + _BESIDE_TILE_CYCLES
+    cycles = steps * step + epilogue + crowded + _BESIDE_TILE_CYCLES
+    hurried = steps < _FEW_STEPS and vectors < PACKED_VECTORS and pixels * vectors > _FEW_SUMS
+    return cycles * (_HURRIED_PENALTY if hurried else 1.0)
 
 
 def estimate_cycles(
