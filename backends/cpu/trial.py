@@ -67,6 +67,13 @@ class Result:
     reference: float
     ratio: float
 
+    @staticmethod
+    def of_turns(turns: Sequence[tuple[float, float]]) -> Result:
+        """Of the seconds of the candidate and of the reference in each turn."""
+        ratio = statistics.median(mine / its for mine, its in turns)
+        seconds, its = (statistics.median(column) for column in zip(*turns, strict=True))
+        return Result(seconds, its, ratio)
+
 
 @dataclass(frozen=True)
 class CompiledKernel:
@@ -75,16 +82,21 @@ class CompiledKernel:
     constants: tuple[np.ndarray[Any, Any], ...]
 
 
+def made_up(workload: Conv2d) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """A weight and, for uint8 activations, a multiplier of the workload's sizes."""
+    integer = workload.x.dtype == "uint8"
+    shape = (workload.y.channels, workload.x.channels // workload.groups, *workload.kernel)
+    weight = np.random.default_rng(0).integers(-64, 64, shape)
+    multiplier = np.full(workload.y.channels, 1e-4, np.float32) if integer else None
+    return weight.astype(np.int8 if integer else np.float32), multiplier
+
+
 @functools.lru_cache(maxsize=2)
 def _compiled(
     workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None
 ) -> CompiledKernel:
     function = conv2d(workload, isa, threads, choice)
-    generator = np.random.default_rng(0)
-    shape = (workload.y.channels, workload.x.channels // workload.groups, *workload.kernel)
-    integer = workload.x.dtype == "uint8"
-    weight = generator.integers(-64, 64, shape).astype(np.int8 if integer else np.float32)
-    multiplier = np.full(workload.y.channels, 1e-4, np.float32)
+    weight, multiplier = made_up(workload)
     library = tvm.compile(function, target=isa.target())
     name = str(function.attrs["global_symbol"])
     packed = pack_conv2d(workload, isa, weight, None, multiplier, choice)
@@ -167,14 +179,15 @@ def timer(
     return seconds
 
 
-def _layouts(workload: Conv2d) -> list[Layout]:
+def layouts_of(workload: Conv2d) -> list[Layout]:
+    """Of the inputs and the output."""
     residual = [] if workload.residual is None else [workload.residual]
     return [workload.x, *residual, workload.y]
 
 
 def run(job: Job) -> Result:
     """Compile both, then time them in turns. Raises ``Unmeasurable`` where it is not the candidate that fails."""
-    isa, layouts = ISAS[job.isa], _layouts(job.workload)
+    isa, layouts = ISAS[job.isa], layouts_of(job.workload)
     with contextlib.ExitStack() as stack:
         try:
             device = stack.enter_context(open_device(job.remote, job.threads))
@@ -184,11 +197,9 @@ def run(job: Job) -> Result:
         except Exception as error:
             raise Unmeasurable(str(error)) from error
         kernel = _compiled(job.workload, isa, job.threads, job.choice)
-        timers = [timer(device, kernel, layouts), reference]
-        turns: list[list[float]] = []
+        candidate = timer(device, kernel, layouts)
+        turns: list[tuple[float, float]] = []
         stop = time.perf_counter() + job.seconds
         while len(turns) < FEWEST_ROUNDS or time.perf_counter() < stop:
-            turns.append([seconds(calls) for seconds in timers])
-    ratio = statistics.median(mine / its for mine, its in turns)
-    seconds, its = (statistics.median(column) for column in zip(*turns, strict=True))
-    return Result(seconds, its, ratio)
+            turns.append((candidate(calls), reference(calls)))
+    return Result.of_turns(turns)

@@ -6,7 +6,6 @@ The float form's time is that of its kernels one by one, borders included. Measu
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from graphopt.backends.cpu.trial import (
     CompiledKernel,
     Remote,
     Result,
+    layouts_of,
+    made_up,
     open_device,
     timer,
 )
@@ -54,18 +55,14 @@ class Job:
 
 def _layer(workload: Conv2d, isa: Isa, threads: int, sums_fit: bool) -> tuple[Any, Arrays]:
     """The function that the lowering would choose, and constants of its sizes."""
-    generator = np.random.default_rng(0)
-    integer = workload.x.dtype == "uint8"
-    shape = (workload.y.channels, workload.x.channels // workload.groups, *workload.kernel)
-    weight = generator.integers(-64, 64, shape).astype(np.int8 if integer else np.float32)
-    multiplier = np.full(workload.y.channels, 1e-4, np.float32) if integer else None
+    weight, multiplier = made_up(workload)
     if is_depthwise(workload):
         function = depthwise(workload, isa, threads)
         return function, pack_depthwise(workload, isa, weight, None, multiplier)
     if is_winograd(workload, isa, threads, sums_fit):
         packed = pack_winograd(workload, isa, threads, weight, None, multiplier)
         size = plan_winograd(workload, isa, threads).packed_weights
-        transformed = np.ones(size, np.int32 if integer else np.float32)
+        transformed = np.ones(size, np.float32 if multiplier is None else np.int32)
         return winograd(workload, isa, threads), [transformed, *packed[1:]]
     function = conv2d(workload, isa, threads)
     return function, pack_conv2d(workload, isa, weight, None, multiplier)
@@ -82,8 +79,7 @@ def _compiled(
         function, layouts = add(call, isa, threads), [call.a, call.b, call.y]
     else:
         function, constants = _layer(call, isa, threads, sums_fit)
-        residual = [] if call.residual is None else [call.residual]
-        layouts = [call.x, *residual, call.y]
+        layouts = layouts_of(call)
     library = tvm.compile(function, target=isa.target())
     name = str(function.attrs["global_symbol"])
     return CompiledKernel(name, library, tuple(constants)), layouts
@@ -101,10 +97,7 @@ def run(job: Job) -> Result:
         except Exception as error:
             raise Unmeasurable(str(error)) from error
         turns = _turns(timers, job.seconds)
-    pairs = [(sum(rest), first) for first, *rest in turns]
-    ratio = statistics.median(mine / its for mine, its in pairs)
-    seconds, its = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Result(seconds, its, ratio)
+    return Result.of_turns([(sum(rest), first) for first, *rest in turns])
 
 
 def _turns(timers: list[Callable[[int], float]], seconds: float) -> list[list[float]]:

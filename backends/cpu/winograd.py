@@ -311,12 +311,11 @@ class _Kernel:
         y = self.workload.y
         with emit.loop(TILE) as i, emit.loop(TILE) as j, self._unless_written(place, i, j):
             pixel = bind(y_start + (i * y.columns + j) * y.channel_stride)
-            for channel, lanes in emit.pieces(channels):
-                for first in range(channel, channel + lanes, self.plan.lanes):
-                    size = min(lanes, self.plan.lanes)
-                    value = emit.load(self.y, pixel + first, size)
-                    value = apply_activation(activation, value, size)
-                    emit.store(self.y, pixel + first, value)
+            for start in range(0, channels, self.plan.lanes):
+                for first, lanes in emit.pieces(min(self.plan.lanes, channels - start)):
+                    index = bind(pixel + (start + first))
+                    value = emit.load(self.y, index, lanes)
+                    emit.store(self.y, index, apply_activation(activation, value, lanes))
 
     def _corner(self, layout: Layout, place: _Place) -> Expr:
         """Offset of the tile's first pixel in a tensor of the output's shape."""

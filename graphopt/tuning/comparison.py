@@ -17,7 +17,7 @@ from graphopt.backends.lower.float_fallback import Times, worth_measuring
 from graphopt.errors import TuneError
 from graphopt.tuning.child import Child, WorkerDied
 from graphopt.tuning.protocol import Failure
-from graphopt.tuning.store import Key, Store, Trial
+from graphopt.tuning.store import Key, Store, Trial, target_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Comparison:
         self.layers = layers
         self.isa = isa
         self.threads = threads
-        self.target = f"{isa.name}, {threads} threads, {device}"
+        self.target = target_of(isa.name, threads, device)
         self.store = store
         self.remote = remote
         self.child = child or Child()

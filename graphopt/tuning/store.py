@@ -45,6 +45,11 @@ class Key:
     generator: str
 
 
+def target_of(isa: str, threads: int, device: str) -> str:
+    """``Key.target``: ``avx2, 2 threads, AMD EPYC``."""
+    return f"{isa}, {threads} threads, {device}"
+
+
 @dataclass(frozen=True)
 class Trial:
     """One candidate against the cost model's choice, timed in turns: seconds of both, and the median ratio of the turns.

@@ -26,7 +26,7 @@ from graphopt.errors import TuneError
 from graphopt.tuning.child import Child, WorkerDied
 from graphopt.tuning.protocol import Failure
 from graphopt.tuning.report import TunedLayer, TuningReport
-from graphopt.tuning.store import Key, Store, Trial
+from graphopt.tuning.store import Key, Store, Trial, target_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,8 +99,7 @@ class Tuner:
         self.store = store
         self.remote = remote
         self.child = child or Child()
-        target = f"{isa.name}, {threads} threads, {device}"
-        self.layers = self._layers(convolutions, target)
+        self.layers = self._layers(convolutions, target_of(isa.name, threads, device))
 
     def _layers(self, convolutions: Sequence[tuple[Conv2d, str]], target: str) -> list[Layer]:
         tvm, generator = version("apache-tvm"), generator_version()
