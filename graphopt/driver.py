@@ -69,6 +69,7 @@ def run(pass_: Runnable, program: Program) -> Program:
         error=error,
         seconds=time.perf_counter() - started,
         notes=tuple(edit.notes),
+        layers=tuple(edit.layers),
     )
     log.info("%s: %d rewrites, %d declined", pass_.name, edit.rewrites, len(edit.declines))
     return edit.program.with_record(record)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt import ops
 from graphopt.errors import PassError
-from graphopt.program import Program, attribute
+from graphopt.program import LayerChange, Program, attribute
 from graphopt.progress import track
 
 T = TypeVar("T")
@@ -108,6 +108,7 @@ class Edit:
         self.rewrites = 0
         self.declines: dict[tuple[str, str], None] = {}
         self.notes: list[str] = []
+        self.layers: list[LayerChange] = []
 
     @property
     def graph(self) -> fx.Graph:
@@ -160,6 +161,19 @@ class Edit:
     def note(self, text: str) -> None:
         """A line for the history record."""
         self.notes.append(text)
+
+    def layer_changed(
+        self,
+        node: fx.Node,
+        parameters: tuple[int, int],
+        macs: tuple[int, int],
+        error: float | None = None,
+        text: str = "",
+    ) -> None:
+        """Record what became of one layer: counts before and after, reconstruction error, and a word ("rank 32")."""
+        modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        layer = modules[-1] if modules else ""
+        self.layers.append(LayerChange(node.name, layer, parameters, macs, error, text))
 
     def progress(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         """Iterate with a progress bar on a terminal."""

@@ -35,8 +35,12 @@ class RecipeError(GraphoptError):
     """A YAML recipe is malformed; the message names file, line and option."""
 
 
+class CalibrationError(GraphoptError):
+    """Calibration data is missing, does not fit the program's inputs, or makes NaN or infinity."""
+
+
 class QuantizeError(GraphoptError):
-    """Weights or calibration data cannot be quantized (NaN, infinity, no data)."""
+    """Weights cannot be quantized (NaN, infinity), or a quantization spec does not hold."""
 
 
 class IntegerizeError(GraphoptError):

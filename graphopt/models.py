@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import CaptureError, InputError
 from graphopt.files import atomic_write
 from graphopt.frontend import capture
-from graphopt.program import Program, Record
+from graphopt.program import LayerChange, Program, Record
 from graphopt.torchvision_import import torchvision_models
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
@@ -250,6 +250,13 @@ def _record(entry: dict[str, Any]) -> Record:
         error=entry["error"],
         seconds=entry["seconds"],
         notes=tuple(entry["notes"]),
+        layers=tuple(_layer_change(item) for item in entry.get("layers", ())),
+    )
+
+
+def _layer_change(entry: dict[str, Any]) -> LayerChange:
+    return LayerChange(
+        **{**entry, "parameters": tuple(entry["parameters"]), "macs": tuple(entry["macs"])}
     )
 
 

@@ -20,6 +20,21 @@ from graphopt.errors import InputError
 
 
 @dataclass(frozen=True)
+class LayerChange:
+    """What a pass did to one layer. ``error`` is ``||W - W'|| / ||W||``, or that of the layer's output on data."""
+
+    node: str
+    layer: str  # the module's path in the user's model, "" where there is none
+    parameters: tuple[int, int]  # before, after
+    macs: tuple[int, int]
+    error: float | None = None
+    text: str = ""  # "rank 32"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "parameters": list(self.parameters), "macs": list(self.macs)}
+
+
+@dataclass(frozen=True)
 class Record:
     """What one pass did: counted and measured by the driver, never claimed by the pass."""
 
@@ -33,6 +48,7 @@ class Record:
     error: float | None  # largest difference on the example inputs, relative to the largest output
     seconds: float
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerChange, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,6 +61,7 @@ class Record:
             "macs": list(self.macs),
             "error": self.error,
             "notes": list(self.notes),
+            "layers": [layer.to_json() for layer in self.layers],
         }
 
 

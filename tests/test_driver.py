@@ -195,3 +195,26 @@ def test_a_program_in_training_mode_is_not_measured() -> None:
     result = Rewriting()(program)
     assert result.history[0].error is None
     assert result.history[0].rewrites == 1
+
+
+def test_what_became_of_each_layer_is_recorded() -> None:
+    def double(edit: go.Edit) -> None:
+        (node,) = edit.nodes("linear")
+        weight = go.ops.bind(node)["weight"]
+        edit.set_tensor(weight, edit.program.tensor(weight) * 2)
+        edit.layer_changed(node, (16, 16), (64, 64), 1.0, "twice")
+
+    program = captured(lambda x, layer: layer(x), X, layer=nn.Linear(4, 4, bias=False))
+    record = Custom(double)(program).history[0]
+    (change,) = record.layers
+    assert (change.node, change.layer, change.text) == ("linear", "layer", "twice")
+    assert record.to_json()["layers"] == [
+        {
+            "node": "linear",
+            "layer": "layer",
+            "parameters": [16, 16],
+            "macs": [64, 64],
+            "error": 1.0,
+            "text": "twice",
+        }
+    ]

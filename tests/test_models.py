@@ -21,7 +21,7 @@ from graphopt.models import (
     read_program,
     save_program,
 )
-from graphopt.program import Record
+from graphopt.program import LayerChange, Record
 
 _numbers = itertools.count()
 _SPECS = (InputSpec((1, 4)),)
@@ -171,8 +171,9 @@ def test_pickled_weights_need_trust(module_name: str, tmp_path: Path) -> None:
 def test_program_survives_the_file(tmp_path: Path) -> None:
     x = torch.ones(2, 4)
     record = Record(
-        "a-pass", {"bits": 8}, "lossy", 3, (("relu", "why"),), (10, 8), (7, 6), 0.5, 1.25, ("n",)
-    )
+        "a-pass", {"bits": 8}, "lossy", 3, (("relu", "why"),), (10, 8), (7, 6), 0.5, 1.25, ("n",),
+        (LayerChange("linear", "fc", (8, 6), (8, 6), 0.25, "rank 1"),),
+    )  # fmt: skip
     program = capture(Net().eval(), (x,), dynamic_batch=(1, 8)).with_record(record)
     save_program(program, tmp_path / "p.pt2")
     again = read_program(str(tmp_path / "p.pt2"), trust=True)

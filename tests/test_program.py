@@ -115,5 +115,6 @@ def test_records_as_json() -> None:
         "macs": [0, 0],
         "error": 0.0,
         "notes": [],
+        "layers": [],
     }
     assert Calls(lambda x: x).training is False

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
 
+LAYER_COLUMNS = ("pass", "layer", "how", "parameters", "after", "MACs", "after", "error")
 _WIDTH_OF_A_PIPE = 160  # a file has no width: columns are not cut short there
 
 
@@ -70,6 +71,22 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def layer_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """A row for each layer that a pass of the history (as JSON) changed, under ``LAYER_COLUMNS``."""
+    return [
+        (
+            record["pass"],
+            layer["layer"] or layer["node"],
+            layer["text"],
+            *layer["parameters"],
+            *layer["macs"],
+            layer["error"],
+        )
+        for record in records
+        for layer in record.get("layers", ())
+    ]
 
 
 def size(count: int) -> str:

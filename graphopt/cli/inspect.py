@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.cli import options
-from graphopt.cli.console import print_json, print_table, size
+from graphopt.cli.console import LAYER_COLUMNS, layer_rows, print_json, print_table, size
 
 _LARGEST = 20
 
@@ -39,6 +39,9 @@ def command(
             print(f"{key}: {_line(key, report[key])}")
     print_table("inputs and outputs", ("name", "type"), _ports(report))
     print_table("history", *_history(report["history"]))
+    changed = layer_rows(report["history"])[:most]
+    if changed:
+        print_table("layers that passes changed", LAYER_COLUMNS, changed)
     stats = report["stats"]
     totals = [(key, value) for key, value in stats.items() if not isinstance(value, list | dict)]
     print_table("stats", ("what", "total"), totals)

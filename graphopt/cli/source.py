@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.cli import data, recipes
-from graphopt.cli.console import print_table, step
+from graphopt.cli.console import LAYER_COLUMNS, layer_rows, print_table, step
 from graphopt.cli.images import Normalization
 from graphopt.cli.options import parse_channels, parse_range
 
@@ -59,7 +59,7 @@ class Source:
 
 
 def print_history(history: Sequence[Record], explain: bool) -> None:
-    """A row a pass; with ``explain``, a row for each place where a pass declined."""
+    """A row a pass; with ``explain``, a row for each layer that a pass changed and each place where it declined."""
     columns = ("pass", "contract", "rewrites", "declined", "parameters", "MACs", "error")
     rows = [
         (
@@ -78,8 +78,13 @@ def print_history(history: Sequence[Record], explain: bool) -> None:
         (record.name, node, reason) for record in history for node, reason in record.declines
     ]
     notes = [(record.name, note) for record in history for note in record.notes]
+    layers = layer_rows([record.to_json() for record in history])
     if explain:
+        print_table("layers", LAYER_COLUMNS, layers)
         print_table("declined", ("pass", "node", "reason"), declines)
         print_table("notes", ("pass", "note"), notes)
-    elif declines:
+        return
+    if layers:
+        print(f"{len(layers)} layer(s) changed; --explain lists them")
+    if declines:
         print(f"{len(declines)} place(s) declined; --explain says why")

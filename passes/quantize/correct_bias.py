@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from graphopt import ops
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Edit
-from graphopt.errors import QuantizeError
-from graphopt.passes.quantize import layer
-from graphopt.passes.quantize.calibrate import batches
+from graphopt.errors import CalibrationError
+from graphopt.passes import layer
+from graphopt.passes.calibration import batches
 from graphopt.passes.quantize.regions import is_fake_quantize
 from graphopt.passes.quantize.spec import SEEDS
 from graphopt.passes.quantize.weights import constant_value
@@ -52,7 +52,7 @@ class CorrectBias(Pass):
     program computes, so that the layers' corrections do not count one error twice. Declines layers whose weight is not
     fake-quantized, whose bias is computed, and layers that were corrected before.
 
-    Raises QuantizeError without calibration data and where a correction is not finite.
+    Raises CalibrationError without calibration data and where a correction is not finite.
     """
 
     name: ClassVar[str] = "correct-bias"
@@ -72,7 +72,7 @@ class CorrectBias(Pass):
                 _Twice(edit.program, means).run(*inputs)
         for node, mean in means.items():
             if not mean.count:
-                raise QuantizeError(f"{edit.pass_name}: the calibration data holds no batch")
+                raise CalibrationError(f"{edit.pass_name}: the calibration data holds no batch")
             _correct(edit, node, mean.value)
 
 
@@ -136,7 +136,7 @@ def _applies(edit: Edit, node: fx.Node) -> bool:
 def _correct(edit: Edit, node: fx.Node, shift: Tensor) -> None:
     """A layer's corrected bias is a new parameter: another reader of the old one keeps it."""
     if not bool(torch.isfinite(shift).all()):
-        raise QuantizeError(
+        raise CalibrationError(
             f"{edit.pass_name}: the correction of {layer.describe(node)} is not finite; "
             "check the calibration data"
         )

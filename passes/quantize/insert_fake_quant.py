@@ -36,7 +36,8 @@ class InsertFakeQuant(Pass):
     Declines layers that are excluded, already fake-quantized, or whose weight is no constant, and leaves in float what
     stands between float operators and everything after the last layer, but for an average over the whole map.
 
-    Raises QuantizeError without calibration data, and for NaN or infinity in the weights or in an observed value.
+    Raises CalibrationError without calibration data and for NaN or infinity in an observed value, and QuantizeError for
+    them in the weights.
     """
 
     name: ClassVar[str] = "insert-fake-quant"

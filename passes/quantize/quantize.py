@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Edit, sweep
-from graphopt.errors import QuantizeError
+from graphopt.errors import CalibrationError
 from graphopt.passes.cleanup.remove_identities import RemoveIdentities
 from graphopt.passes.fuse.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.quantize.correct_bias import CorrectBias
@@ -31,8 +31,8 @@ class Quantize(Pass):
     minmax 97.9 / 78.7 %, percentile 96.8 / 87.2 %, mse 96.8 / 84.0 %. The relative error of the logits tells them apart
     better: 0.071 / 0.220, 0.077 / 0.157, 0.069 / 0.180. Without bias correction minmax has 94.7 % and 0.116 on Lite0.
 
-    Raises QuantizeError without calibration data, for data that can be read only once, and for NaN or infinity in data
-    or weights.
+    Raises CalibrationError without calibration data, for data that can be read only once, and for NaN or infinity in
+    data, and QuantizeError for them in weights.
     """
 
     name: ClassVar[str] = "quantize"
@@ -62,7 +62,7 @@ class Quantize(Pass):
 
     def apply(self, edit: Edit) -> None:
         if self.bias_correction and isinstance(self.calibration, Iterator):
-            raise QuantizeError(
+            raise CalibrationError(
                 f"{self.name} reads the calibration data twice: pass a list or another iterable that can be "
                 "read again, or bias_correction=False"
             )

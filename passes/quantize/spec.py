@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import fx
 
 from graphopt import ops
 from graphopt.errors import QuantizeError
-from graphopt.passes.quantize import layer
+from graphopt.passes.layer import names
 
 SEEDS = ("conv1d", "conv1d_same", "conv2d", "conv2d_same", "linear")
 AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d", "mean")
@@ -134,11 +133,3 @@ class QuantizationSpec:
         """The last override that names the layer and sets its output, or the common setting."""
         found = [o.activations for o in self.overrides if o.activations and names(o.layers, node)]
         return found[-1] if found else self.activations
-
-
-def names(pattern: str, node: fx.Node) -> bool:
-    """True where ``pattern`` is the node's operator or a glob of its name, its module's path or a parent's path."""
-    op = ops.info(node)
-    if op is not None and op.name == pattern:
-        return True
-    return any(fnmatchcase(name, pattern) for name in (node.name, *layer.paths(node)))

@@ -10,7 +10,7 @@ from torch import fx
 from graphopt import ops
 from graphopt.edit import Edit
 from graphopt.errors import QuantizeError
-from graphopt.passes.quantize import layer
+from graphopt.passes import layer
 from graphopt.passes.quantize.qparams import QParams, weight_scales
 from graphopt.passes.quantize.regions import Regions, is_fake_quantize
 from graphopt.passes.quantize.spec import WeightSpec

@@ -64,6 +64,19 @@ class PluginPass(go.RewritePass):
     calibration: Any = field(default=None, repr=False)
     bits: int = 8
     axes: tuple[int, ...] = ()
+
+@go.register
+@dataclass(frozen=True)
+class PluginHalve(go.Pass):
+    """``W -> W / 2`` of linear layers."""
+    name: ClassVar[str] = "plugin-halve"
+    contract: ClassVar[go.Contract] = go.lossy
+
+    def apply(self, edit):
+        for node in edit.nodes("linear"):
+            weight = go.ops.bind(node)["weight"]
+            edit.set_tensor(weight, edit.program.tensor(weight) / 2)
+            edit.layer_changed(node, (40, 41), (40, 42), 0.5, "halved")
 '''
 
 Cli = Callable[..., Result]

@@ -77,6 +77,19 @@ def test_explain_shows_declines(cli: Cli, nets: str) -> None:
     assert "1 place(s) declined; --explain says why" in text
 
 
+def test_explain_shows_changed_layers(cli: Cli, nets: str) -> None:
+    options = (*SHAPE, *PLUGIN, "--pass", "plugin-halve")
+    text = cli("compress", f"{nets}:tiny", *options).stdout
+    assert "1 layer(s) changed; --explain lists them" in text
+    assert "halved" not in text
+    text = cli("compress", f"{nets}:tiny", *options, "--explain", "-o", "halved.pt2").stdout
+    (row,) = (line for line in text.splitlines() if "halved" in line)
+    cells = [cell.strip() for cell in row.strip("│┃| ").split("│")]
+    assert cells == ["plugin-halve", "head", "halved", "40", "41", "40", "42", "0.5"]
+    text = cli("inspect", "halved.pt2", "--trust").stdout
+    assert [line for line in text.splitlines() if "halved" in line and "head" in line] == [row]
+
+
 def test_calibration_from_a_factory_an_npz_and_images(cli: Cli, nets: str, folder: Path) -> None:
     from PIL import Image
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import graphopt as go
 from graphopt import ops
-from graphopt.errors import QuantizeError
+from graphopt.errors import CalibrationError
 from graphopt.passes.quantize import CorrectBias, InsertFakeQuant, QuantizationSpec, WeightSpec
 from tests.passes.quantize.nets import capture, conv, data, declines
 
@@ -109,6 +109,6 @@ def test_declines_a_computed_bias():
 def test_bad_calibration(calibration, message):
     program = network()
     quantized = go.passes.InsertFakeQuant(calibration=data(program))(program)
-    with pytest.raises(QuantizeError) as error:
+    with pytest.raises(CalibrationError) as error:
         CorrectBias(calibration=calibration)(quantized)
     assert str(error.value) == message

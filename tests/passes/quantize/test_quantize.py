@@ -6,7 +6,7 @@ from torch import nn
 
 import graphopt as go
 from graphopt import ops
-from graphopt.errors import QuantizeError, RecipeError
+from graphopt.errors import CalibrationError, RecipeError
 from tests.passes.quantize.nets import capture, chain, conv, data
 
 
@@ -54,7 +54,7 @@ def test_a_recipe_supplies_the_calibration_by_keyword():
 
 def test_a_recipe_without_calibration_fails_when_it_runs():
     pipeline = go.Pipeline.from_text("passes: [quantize]")
-    with pytest.raises(QuantizeError, match="quantize needs calibration data"):
+    with pytest.raises(CalibrationError, match="quantize needs calibration data"):
         pipeline(with_batch_norm())
 
 
@@ -75,7 +75,7 @@ def test_biases_are_corrected_unless_told_otherwise():
 
 def test_data_that_can_be_read_once_is_an_error():
     program = with_batch_norm()
-    with pytest.raises(QuantizeError) as error:
+    with pytest.raises(CalibrationError) as error:
         go.passes.Quantize(calibration=iter(data(program)))(program)
     assert str(error.value) == (
         "quantize reads the calibration data twice: pass a list or another iterable that can be "
