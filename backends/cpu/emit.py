@@ -151,7 +151,13 @@ def spread_channels(isa: Isa, word: Expr) -> list[Expr]:
     lanes = isa.lanes
     if isa.dot_group == INT8_STEP:
         return [bind(T.reinterpret(f"int8x{4 * lanes}", broadcast(word, lanes)))]
-    spread = bind(T.reinterpret(f"uint16x{2 * lanes}", broadcast(word, lanes)))
+    return spread_bytes(isa, broadcast(word, lanes))
+
+
+def spread_bytes(isa: Isa, value: Expr) -> list[Expr]:
+    """A vector of uint8 as the left operands of a row of pairs: the even bytes of its 16-bit lanes, and the odd ones."""
+    lanes = isa.lanes
+    spread = bind(T.reinterpret(f"uint16x{2 * lanes}", value))
     even = spread & constant("uint16", 0xFF, 2 * lanes)
     odd = tirx.Cast(f"uint16x{2 * lanes}", spread >> constant("uint16", 8, 2 * lanes))
     return [bind(T.reinterpret(f"int16x{2 * lanes}", half)) for half in (even, odd)]

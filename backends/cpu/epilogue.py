@@ -91,26 +91,21 @@ def quantized_add(add: QuantizedAdd, a: Expr, b: Expr, lanes: int) -> Expr:
     return T.min(q, constant("int32", add.qmax, lanes))
 
 
-def _pack(isa: Isa, values: list[Expr], zero_point: int, qmin: int, qmax: int) -> Expr:
-    """``clamp(values + zero_point, qmin, qmax)`` of 4 int32 vectors as one vector of uint8: the packs saturate to 0 .. 255.
-
-    The packs work on 128-bit parts: 4 bytes of each vector stand in a part's order and are put in the vectors'.
-    """
-    half, size = f"int16x{2 * isa.lanes}", PACKED_VECTORS * isa.lanes
-    words = [bind(intrinsic(half, isa.pack_words, *values[i : i + 2])) for i in (0, 2)]
-    if zero_point:
-        words = [word + constant("int16", zero_point, 2 * isa.lanes) for word in words]
-    q = T.reinterpret(f"uint8x{size}", intrinsic(f"int8x{size}", isa.pack_bytes, *words))
-    if qmin > 0:
-        q = T.max(q, constant("uint8", qmin, size))
-    if qmax < 255:
-        q = T.min(q, constant("uint8", qmax, size))
+def _in_order(isa: Isa, q: Expr) -> Expr:
+    """The packs work on 128-bit parts: 4 bytes of each vector stand in a part's order and are put in the vectors'."""
     parts = isa.lanes // 4
     if parts == 1:
         return q
     order = [PACKED_VECTORS * (i % parts) + i // parts for i in range(isa.lanes)]
     groups = bind(T.reinterpret(vector("int32", isa.lanes), q))
-    return T.reinterpret(f"uint8x{size}", tirx.Shuffle([groups], order))
+    return T.reinterpret(f"uint8x{PACKED_VECTORS * isa.lanes}", tirx.Shuffle([groups], order))
+
+
+def interleaved(isa: Isa, q: Expr) -> Expr:
+    """The packs' bytes with those of one lane side by side: byte ``i`` of a lane is from vector ``i``."""
+    size = PACKED_VECTORS * isa.lanes
+    order = [16 * part + 4 * i + k for part in range(size // 16) for k in range(4) for i in range(4)]
+    return tirx.Shuffle([bind(q)], order)
 
 
 def packed_epilogue(
@@ -124,21 +119,52 @@ def packed_epilogue(
 
     Emits bindings: call it inside an open builder.
     """
+    rows = zip(accumulators, multipliers, residuals, strict=True)
+    sums = [bind(before_pack(isa, epilogue, *row)) for row in rows]
+    words = [bind(pack_words(isa, epilogue, *sums[i : i + 2])) for i in (0, 2)]
+    return _in_order(isa, pack_bytes(isa, epilogue, *words))
+
+
+def before_pack(
+    isa: Isa, epilogue: Epilogue, accumulator: Expr, multiplier: Expr, residual: Expr | None
+) -> Expr:
+    """An int32 vector of which ``pack_words`` and ``pack_bytes`` make the epilogue's bytes; the residual is the raw vector."""
     first, add = epilogue.requantize, epilogue.residual_add
     assert first is not None
-    pairs = list(zip(accumulators, multipliers, strict=True))
     if add is None:
-        rounded = [bind(_round_below(first, v, m, isa.lanes)) for v, m in pairs]
-        return _pack(isa, rounded, first.zero_point, first.qmin, first.qmax)
-    sums = []
-    for (v, m), residual in zip(pairs, residuals, strict=True):
-        a = bind(requantize(first, v, m, isa.lanes))
-        b = T.cast(residual, vector("int32", isa.lanes))
-        if _rounds_by_adding(add):
-            sums.append(bind(_round_shifted(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)))
-        else:
-            sums.append(bind(quantized_add(add, a, b, isa.lanes)))
-    return _pack(isa, sums, 0, add.qmin, add.qmax)
+        return _round_below(first, accumulator, multiplier, isa.lanes)
+    a = bind(requantize(first, accumulator, multiplier, isa.lanes))
+    b = T.cast(residual, vector("int32", isa.lanes))
+    if _rounds_by_adding(add):
+        return _round_shifted(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)
+    return quantized_add(add, a, b, isa.lanes)
+
+
+def _packed_range(epilogue: Epilogue) -> tuple[int, int, int]:
+    """What the packs add, and the bounds of the result."""
+    first, add = epilogue.requantize, epilogue.residual_add
+    assert first is not None
+    return (first.zero_point, first.qmin, first.qmax) if add is None else (0, add.qmin, add.qmax)
+
+
+def pack_words(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:
+    """Two vectors of ``before_pack`` as int16."""
+    zero_point, _, _ = _packed_range(epilogue)
+    size = 2 * isa.lanes
+    words = bind(intrinsic(f"int16x{size}", isa.pack_words, a, b))
+    return words + constant("int16", zero_point, size) if zero_point else words
+
+
+def pack_bytes(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:
+    """The bytes of two vectors of ``pack_words``, in the order of the packs: they saturate to 0 .. 255."""
+    _, qmin, qmax = _packed_range(epilogue)
+    size = PACKED_VECTORS * isa.lanes
+    q = T.reinterpret(f"uint8x{size}", intrinsic(f"int8x{size}", isa.pack_bytes, a, b))
+    if qmin > 0:
+        q = T.max(q, constant("uint8", qmin, size))
+    if qmax < 255:
+        q = T.min(q, constant("uint8", qmax, size))
+    return q
 
 
 def apply_epilogue(

@@ -21,6 +21,9 @@ ACTIVATIONS = (
     "gelu",
 )
 
+PLANE_BYTES = 4
+PLANE_PIXELS = 16  # whose 32 bits are a cache line
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -30,6 +33,10 @@ class Layout:
     stands between two kernels. **Every element outside the logical N x H x W x channels holds ``fill``** (the zero
     point of an integer tensor, 0 of a float one). A batch of ``None`` is dynamic. A 2-D tensor ``[N, K]`` is
     ``N x 1 x 1 x K``; a 3-D one ``[N, T, K]`` is ``N x 1 x T x K``.
+
+    ``order`` "planar" is the other form, in which sparse kernels read a vector of neighbouring pixels: ``[N, planes,
+    plane_pixels, group]``, a plane holding 4 channels of bytes or 1 of floats for every pixel, row by row. It has no
+    margins; what lies behind a plane's last pixel, and in a plane's channels that the tensor lacks, is anything.
 
     ``shared``: the tensor is the channels from ``first_channel`` on of a wider one, as the input of a concatenation is.
     Beside them in a pixel lie other tensors' channels, which a kernel leaves alone; the margins are the whole tensor's.
@@ -48,6 +55,7 @@ class Layout:
     fill: int = 0
     first_channel: int = 0
     shared: bool = False
+    order: str = "nhwc"
 
     def __post_init__(self) -> None:
         if self.channel_stride == 0:
@@ -60,6 +68,28 @@ class Layout:
     @property
     def columns(self) -> int:
         return self.left + self.width + self.right
+
+    @property
+    def group(self) -> int:
+        """Channels of a plane: they fill 32 bits."""
+        return 1 if self.dtype == "float32" else PLANE_BYTES
+
+    @property
+    def planes(self) -> int:
+        """Planes of an image in planar order."""
+        return -(-self.channels // self.group)
+
+    @property
+    def plane_pixels(self) -> int:
+        """Pixels from a plane to the next one: an odd number of cache lines, so that planes do not share L1 sets."""
+        return PLANE_PIXELS * (-(-self.height * self.width // PLANE_PIXELS) | 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The physical tensor's dimensions after the batch."""
+        if self.order == "planar":
+            return self.planes, self.plane_pixels, self.group
+        return self.rows, self.columns, self.channel_stride
 
     @property
     def pad_channels(self) -> int:

@@ -1,0 +1,107 @@
+"""What a chunk of lines reads, tap column by tap column, with strides and padding undone."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu import emit
+from graphopt.backends.cpu.emit import Buffer, Expr, bind
+from graphopt.backends.cpu.sparse_plan import SparsePlan
+from graphopt.backends.cpu.stream import sweep
+
+
+class Gather:
+    """Fills a buffer of ``plan.gathered_pixels`` from the planes of one image."""
+
+    def __init__(self, plan: SparsePlan, x: Buffer, gathered: Buffer) -> None:
+        self.plan = plan
+        self.x = x
+        self.gathered = gathered
+        self.group = plan.workload.x.group
+        self.dtype = plan.workload.x.dtype
+
+    def chunk(self, image: Expr, first_line: Expr) -> None:
+        """The maps of the chunk that begins at an output line."""
+        plan = self.plan
+        x, stride = plan.workload.x, plan.workload.stride[0]
+        top = plan.workload.padding[0]
+        with emit.loop(x.planes) as plane:
+            source = bind((image * x.planes + plane) * x.plane_pixels)
+            for phase in plan.phases:
+                with emit.loop(plan.gathered_lines) as line:
+                    row = bind((first_line + line) * stride + (phase - top))
+                    offset = bind(line * plan.pitch)
+                    inside = tirx.all(row >= 0, row < x.height)
+                    with T.If(inside):
+                        with T.Then():
+                            start = bind(source + row * x.width)
+                            for column in range(plan.workload.kernel[1]):
+                                self._line(start, self._target(column, phase, plane) + offset, column)
+                        with T.Else():
+                            for column in range(plan.workload.kernel[1]):
+                                target = bind(self._target(column, phase, plane) + offset)
+                                self._fill(target, plan.width)
+
+    def _target(self, column: int, phase: int, plane: Expr) -> Expr:
+        return (plane + self.plan.map_of(column, phase)) * self.plan.map_pixels
+
+    def _line(self, start: Expr, target: Expr, column: int) -> None:
+        """Pixels ``q`` of a line for one tap column: input pixels ``q * stride + column * dilation - left``."""
+        plan = self.plan
+        workload = plan.workload
+        stride, width = workload.stride[1], workload.x.width
+        shift = column * workload.dilation[1] - workload.padding[1]
+        first = max(0, -(shift // stride))  # the first q that is not left of the map
+        last = min(plan.width, (width - 1 - shift) // stride + 1)
+        target = bind(target)
+        if last <= first:
+            self._fill(target, plan.width)
+            return
+        self._fill(target, first)
+        start = bind(start + (first * stride + shift))
+
+        def copy(q: Expr, lanes: int) -> None:
+            value = self._load(start + q * stride, lanes, stride)
+            emit.store(self.gathered, (target + first + q) * self.group, value)
+
+        sweep(last - first, plan.lanes, copy)
+        self._fill(target + last, plan.width - last)
+
+    def _load(self, start: Expr, lanes: int, stride: int) -> Expr:
+        """``lanes`` pixels, ``stride`` apart."""
+        group = self.group
+        if stride == 1 or lanes == 1:
+            return emit.load(self.x, start * group, lanes * group)
+        if stride != 2:
+            pixels = [emit.load(self.x, (start + i * stride) * group, group) for i in range(lanes)]
+            return self._joined(pixels)
+        # the second half begins one pixel early: nothing behind the last pixel is read
+        low = emit.load(self.x, start * group, lanes * group)
+        high = emit.load(self.x, (start + lanes - 1) * group, lanes * group)
+        words = [bind(self._words(value, lanes)) for value in (low, high)]
+        order = [*range(0, lanes, 2), *range(lanes + 1, 2 * lanes, 2)]
+        even = tirx.Shuffle(words, order)
+        return even if group == 1 else T.reinterpret(f"{self.dtype}x{lanes * group}", even)
+
+    def _words(self, value: Expr, lanes: int) -> Expr:
+        return value if self.group == 1 else T.reinterpret(emit.vector("int32", lanes), value)
+
+    def _joined(self, pixels: list[Expr]) -> Expr:
+        words = [bind(self._words(pixel, 1)) for pixel in pixels]
+        value = tirx.Shuffle(words, list(range(len(words))))
+        if self.group == 1:
+            return value
+        return T.reinterpret(f"{self.dtype}x{len(words) * self.group}", value)
+
+    def _fill(self, target: Expr, pixels: int) -> None:
+        """The padding's value."""
+        value = self.plan.workload.x_zero_point if self.group > 1 else 0.0
+        target = bind(target)
+
+        def store(q: Expr, lanes: int) -> None:
+            vector = emit.constant(self.dtype, value, lanes * self.group)
+            emit.store(self.gathered, (target + q) * self.group, vector)
+
+        if pixels:
+            sweep(pixels, self.plan.lanes, store)

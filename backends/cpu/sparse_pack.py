@@ -1,0 +1,67 @@
+"""Sparse weights: the blocks that hold a non-zero, row by row of output channels, and where each one's tap is.
+
+A block is 4 int8 of neighbouring input channels, or 1 float32. Stored are its 32 bits, 16 bits of its tap's number (planes,
+then window rows and columns) and, once a layer, the offset of every tap: of a layer with 10 % of its blocks a sixth of the dense
+int8 weights, an eighth of the float32 ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.backends.cpu.bias import folded_bias
+from graphopt.backends.cpu.sparse_plan import SparsePlan
+from graphopt.backends.cpu.workload import PLANE_BYTES
+
+Array = npt.NDArray[np.generic]
+
+MOST_TAPS = 1 << 16
+
+
+def blocks(weight: Array) -> Array:
+    """An OIHW weight as ``[O, taps, 4 or 1]``, taps in the order plane, row, column; pad channels are zeros."""
+    out_channels, in_channels, kh, kw = weight.shape
+    group = 1 if weight.dtype == np.float32 else PLANE_BYTES
+    planes = -(-in_channels // group)
+    padded = np.zeros((out_channels, planes * group, kh, kw), weight.dtype)
+    padded[:, :in_channels] = weight
+    split = padded.reshape(out_channels, planes, group, kh, kw).transpose(0, 1, 3, 4, 2)
+    return np.ascontiguousarray(split.reshape(out_channels, planes * kh * kw, group))
+
+
+def density(weight: Array) -> float:
+    """The share of blocks that a sparse kernel multiplies by."""
+    return float(np.any(blocks(weight), axis=-1).mean())
+
+
+def pack_sparse(
+    plan: SparsePlan, weight: Array, bias: Array | None, multiplier: Array | None
+) -> list[Array]:
+    """The kernel's constants in order: values, bias, for uint8 activations the multiplier, taps, starts of rows, offsets.
+
+    ``weight`` is OIHW (int8 or float32), ``bias`` [O] (int32 or float32, None for zeros), ``multiplier`` float32 [O].
+    """
+    workload = plan.workload
+    dtype = np.float32 if workload.x.dtype == "float32" else np.int32
+    weight = weight.astype(np.float32 if dtype == np.float32 else np.int8, copy=False)
+    cut = blocks(weight)
+    filled = np.any(cut, axis=-1)
+    rows, taps = np.nonzero(filled)
+    size = max(1, rows.size)  # no tensor is empty
+    values, index = np.zeros(size, dtype), np.zeros(size, np.uint16)
+    values[: rows.size] = np.ascontiguousarray(cut[rows, taps]).view(dtype).reshape(-1)
+    index[: taps.size] = taps
+    starts = np.zeros(plan.rows + 1, np.int32)
+    starts[1 : weight.shape[0] + 1] = np.cumsum(filled.sum(axis=1))
+    starts[weight.shape[0] + 1 :] = rows.size
+
+    def per_row(source: Array) -> Array:
+        padded = np.zeros(plan.rows, source.dtype)
+        padded[: source.size] = source
+        return padded
+
+    constants = [values, per_row(folded_bias(workload, weight, bias))]
+    if multiplier is not None:
+        constants.append(per_row(multiplier.astype(np.float32, copy=False)))
+    return [*constants, index, starts, np.array(plan.offsets(), np.int32)]
