@@ -17,6 +17,7 @@ from graphopt.artifact import Artifact
 from graphopt.backends.targets import Target, resolve
 from graphopt.errors import CompileError
 from graphopt.manifest import Dim, Manifest, Peak, TensorSpec
+from graphopt.modes import is_training
 from graphopt.program import Program
 from graphopt.runtime import available_cpus
 
@@ -70,7 +71,8 @@ def compile(
     this target stays float; ``artifact.report.float_layers`` says which, and why. ``tuning`` is the file that keeps the measurements (default:
     in the user's cache folder) or a ``Tuning`` with a remote device; without ``tune`` its winners are used as they are.
 
-    Raises TargetError for an unknown target, CompileError naming the operator that cannot be lowered, TuneError.
+    Raises TargetError for an unknown target, CompileError for a program in training mode or naming the operator that cannot
+    be lowered, TuneError.
     """
     row = resolve(target)
     count = thread_count(threads)
@@ -78,6 +80,8 @@ def compile(
         return _Compiler(program, row, count, None).run()
     from graphopt.tuning.search import Search
 
+    if is_training(program.graph):
+        raise CompileError("the program is in training mode; call program.eval() before compile")
     return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
 
 

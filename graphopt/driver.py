@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import fx
 
-from graphopt import ops
+from graphopt.choice import Choice
 from graphopt.contract import Contract, difference
 from graphopt.edit import Edit, sweep
 from graphopt.errors import ContractError, Decline, GraphoptError, PassError, VerifyError
+from graphopt.modes import is_training
 from graphopt.pattern import Operators, match
 from graphopt.program import Program, Record
 from graphopt.rule import RewriteRule
@@ -115,7 +116,7 @@ def _rewrite(edit: Edit, rule: RewriteRule, found: Any) -> bool:
 
 def _measure(pass_: Runnable, before: Program, after: Program) -> float | None:
     """The largest relative difference on the example inputs; None for a program in training mode."""
-    if _is_training(before) or _is_training(after):
+    if is_training(before.graph) or is_training(after.graph):
         return None
     with torch.no_grad():
         error = difference(before(*before.example_inputs), after(*before.example_inputs))
@@ -125,20 +126,6 @@ def _measure(pass_: Runnable, before: Program, after: Program) -> float | None:
             f"{pass_.name} promises {contract} but changed the output by {error:.3g} on the example inputs"
         )
     return error
-
-
-def _is_training(program: Program) -> bool:
-    for node in program.graph.nodes:
-        if ops.is_op(node, "batch_norm", "instance_norm", "dropout"):
-            arguments = ops.bind(node)
-            if (
-                arguments.get("training", arguments.get("train", arguments.get("use_input_stats")))
-                is True
-            ):
-                if ops.is_op(node, "instance_norm"):
-                    continue  # instance statistics are the inference form of instance norm
-                return True
-    return False
 
 
 def _options(pass_: Any) -> dict[str, Any]:

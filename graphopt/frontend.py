@@ -22,6 +22,7 @@ from graphopt.canonicalize import canonicalize
 from graphopt.edit import graph_mode, propagate
 from graphopt.errors import CaptureError
 from graphopt.functionalize import functionalize
+from graphopt.modes import is_training
 from graphopt.program import Program
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ def capture(
 ) -> Program:
     """Trace ``model`` on ``example_inputs`` and return it as a ``Program``.
 
-    The model is captured as it stands (``model.eval()`` first for inference). ``dynamic_batch=(low, high)`` leaves
-    dimension 0 of every input open within that inclusive range. An ``ExportedProgram`` brings its own inputs.
+    The model is captured in the mode that it is in (``model.eval()`` first for inference); ``program.train()`` and
+    ``program.eval()`` switch it. Attention forgets its dropout rate in evaluation: to train with it, capture in training
+    mode. ``dynamic_batch=(low, high)`` leaves dimension 0 of every input open within that inclusive range, as training on
+    batches needs. An ``ExportedProgram`` brings its own inputs.
 
     Raises CaptureError, naming the line of the model at which tracing stopped and what to change.
     """
@@ -59,6 +62,7 @@ def capture(
         if "val" not in kept and node.op == "call_function":
             node.meta["val"] = propagate(node, graph_mode(module.graph))
     _remove_dead(module)
+    module.training = is_training(module.graph) or getattr(model, "training", False)
     program = Program(module, inputs, dynamic_batch).clone()
     for node in program.inputs:
         if not isinstance(node.meta["val"], torch.Tensor):

@@ -1,14 +1,15 @@
 """In-place operators become functional ones: ``relu_(x)`` -> ``relu(x)``, and later readers of x read the result.
 
-Done on the exported graph itself where no other view of the mutated memory is read afterwards, so that batch norm and
-dropout stay single nodes with their training flag; other graphs go through torch's own functionalization. A write to an
+Done on the exported graph itself where no other view of the mutated memory is read afterwards; other graphs go through
+torch's own functionalization. Either way batch norm and dropout stay single nodes with their training flag, except that
+a dropout in evaluation, whose result is its input itself, goes where that memory is written to afterwards. A write to an
 input is not carried out on the caller's tensor, and step counters that nothing reads (``num_batches_tracked``) go.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -30,29 +31,46 @@ def functionalize(exported: ExportedProgram, module: fx.GraphModule) -> fx.Graph
     in_place = [node for node in module.graph.nodes if mutated(node) is not None]
     if not in_place:
         return module
-    for node in list(module.graph.nodes):
-        if ops.is_op(node, "dropout") and ops.is_pure(node):
-            # It returns its input itself, and torch's functionalization copies instead.
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     views = _Views(module)
+    aliases = _drop_aliases(module, views, in_place, order)
     for node in in_place:
         source = mutated(node)
         assert source is not None
         functional = _functional(node)
         if functional is None or source.op == "get_attr" or views.read_after(source, node, order):
-            return _by_torch(exported)
+            return _by_torch(exported, aliases)
         node.target = functional
         if propagate(node, views.mode).dtype != source.meta["val"].dtype:
-            return _by_torch(
-                exported
-            )  # in place, the result is cast to the type of what it replaces
+            # in place, the result is cast to the type of what it replaces
+            return _by_torch(exported, aliases)
         for user in list(source.users):
             if order[user] > order[node]:
                 user.replace_input_with(source, node)
     module.recompile()
     return module
+
+
+def _drop_aliases(
+    module: fx.GraphModule, views: _Views, in_place: list[fx.Node], order: dict[fx.Node, int]
+) -> set[str]:
+    """Erase the dropouts in evaluation whose memory is written to while another view of it is still to be read.
+
+    Returns their names: torch's functionalization would copy there.
+    """
+    dropped = set()
+    for node in in_place:
+        source = mutated(node)
+        assert source is not None
+        if not views.read_after(source, node, order):
+            continue
+        for shared in list(views.sharing(source)):
+            if ops.is_op(shared, "dropout") and mutated(shared) is None:
+                shared.replace_all_uses_with(shared.all_input_nodes[0])
+                module.graph.erase_node(shared)
+                views.forget()
+                dropped.add(shared.name)
+    return dropped
 
 
 def mutated(node: fx.Node) -> fx.Node | None:
@@ -77,8 +95,8 @@ def _drop_counters(module: fx.GraphModule) -> None:
         for node in chain:
             chain.extend(user for user in node.users if user not in chain)
         writes = chain[1:]
-        if all(mutated(node) in chain for node in writes):
-            for node in reversed(writes):
+        if all(mutated(node) in chain or ops.is_pure(node) for node in writes):
+            for node in sorted(writes, reverse=True):
                 module.graph.erase_node(node)
 
 
@@ -97,16 +115,20 @@ class _Views:
         self.mode = graph_mode(module.graph)
         self._known: dict[fx.Node, bool] = {}
 
+    def forget(self) -> None:
+        """To be called when the graph has changed."""
+        self._known.clear()
+
     def read_after(self, source: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
         """True where another view of ``source``'s memory is read after ``node`` has written to it."""
-        for other in self._sharing(source):
+        for other in self.sharing(source):
             if other is source or order[other] > order[node]:
                 continue
             if any(order[user] > order[node] for user in other.users):
                 return True
         return False
 
-    def _sharing(self, node: fx.Node) -> Iterator[fx.Node]:
+    def sharing(self, node: fx.Node) -> Iterator[fx.Node]:
         """Every value reachable from ``node`` along views, up to their bases and down again."""
         seen, stack = {node}, [node]
         while stack:
@@ -137,27 +159,50 @@ def _storages(value: Any) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def _by_torch(exported: ExportedProgram) -> fx.GraphModule:
-    module = exported.run_decompositions({}).module(check_guards=False)
+# Stand-ins that torch's functionalization keeps whole; it takes the operators themselves apart.
+_LIBRARY = torch.library.Library("graphopt_capture", "DEF")  # type: ignore[no-untyped-call]
+_HELD: dict[Any, Any] = {}
+
+
+def _hold(target: Any) -> None:
+    name, arguments = target._schema.name.split("::")[1], str(target._schema).split("(", 1)[1]
+    _LIBRARY.define(f"{name}({arguments}")  # type: ignore[no-untyped-call]
+    keep = "CompositeExplicitAutograd"
+    _LIBRARY.impl(name, lambda x, *_: torch.empty_like(x), keep)  # type: ignore[no-untyped-call]
+    _HELD[target] = getattr(torch.ops.graphopt_capture, name).default
+
+
+for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "batch_norm"):
+    _hold(getattr(aten, _name).default)
+_RELEASED = {held: target for target, held in _HELD.items()}
+
+
+def _by_torch(exported: ExportedProgram, aliases: Collection[str] = ()) -> fx.GraphModule:
+    """torch's functionalization; ``aliases`` are dropouts that return their input itself."""
+    held = []
+    for graph_module in exported.graph_module.modules():
+        if not isinstance(graph_module, fx.GraphModule):
+            continue
+        for node in graph_module.graph.nodes:
+            if node.target not in _HELD:
+                continue
+            held.append((graph_module, node, node.target, node.args))
+            node.target = _HELD[node.target]
+            if node.name in aliases:
+                node.target, node.args = aten.alias.default, node.args[:1]
+        graph_module.recompile()
+    try:
+        module = exported.run_decompositions({}).module(check_guards=False)
+    finally:
+        for graph_module, node, target, arguments in held:
+            node.target, node.args = target, arguments
+            graph_module.recompile()
     assert isinstance(module, fx.GraphModule)
     for node in list(module.graph.nodes):
-        if node.target == aten._native_batch_norm_legit_no_training.default:
-            _restore_batch_norm(node)
+        node.target = _RELEASED.get(node.target, node.target)
         source = mutated(node)
         if source is not None and source.op == "placeholder" and not node.users:
             module.graph.erase_node(node)
+    _drop_counters(module)
     module.recompile()
     return module
-
-
-def _restore_batch_norm(node: fx.Node) -> None:
-    """``getitem(_native_batch_norm_legit_no_training(...), 0)`` -> ``batch_norm(..., training=False)``."""
-    x, weight, bias, mean, variance, momentum, epsilon = node.args
-    with node.graph.inserting_before(node):
-        arguments = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
-        restored = node.graph.call_function(aten.batch_norm.default, arguments)
-    for user in list(node.users):
-        restored.meta = dict(user.meta)
-        user.replace_all_uses_with(restored)
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)

@@ -245,7 +245,17 @@ TABLE: tuple[Op, ...] = (
     _copy("channel_shuffle", aten.channel_shuffle.default),
     _copy("flip", aten.flip.default),
     Op("pad", "pad", (aten.pad.default, aten.constant_pad_nd.default)),
-    Op("dropout", "dropout", (aten.dropout.default, aten.feature_dropout.default), ("input",)),
+    Op(
+        "dropout",
+        "dropout",
+        (
+            aten.dropout.default,
+            aten.feature_dropout.default,
+            aten.alpha_dropout.default,
+            aten.feature_alpha_dropout.default,
+        ),
+        ("input",),
+    ),
     Op("upsample_nearest2d", "resize", (aten.upsample_nearest2d.vec,), ("input",)),
     Op("upsample_bilinear2d", "resize", (aten.upsample_bilinear2d.vec,), ("input",)),
     Op("embedding", "embedding", (aten.embedding.default,), ("indices",), "weight"),

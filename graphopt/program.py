@@ -1,7 +1,8 @@
 """``Program``: a captured network as a ``torch.fx.GraphModule`` of ATen ops, with its inputs and its history.
 
 A program runs (``program(x)``), trains (its parameters are those of the module), and is never changed by a pass:
-passes work on ``clone()``, which copies the graph and shares every tensor.
+passes work on ``clone()``, which copies the graph and shares every tensor. ``train()`` and ``eval()`` switch the program
+itself, as a module's do.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt import ops
+from graphopt import modes, ops
 from graphopt.errors import InputError
 
 
@@ -93,6 +94,17 @@ class Stats:
         return {**totals, "layers": [vars(layer) for layer in self.layers]}
 
 
+class ProgramModule(fx.GraphModule):
+    """The module of a program: ``train(mode)`` rewrites the flags of the graph's calls, as loops of one's own expect."""
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        """Batch norm and dropout train (or evaluate); the graph is changed in place. Returns itself."""
+        modes.set_mode(self.graph, mode)
+        self.recompile()
+        super().train(mode)
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A captured network. Made by ``graphopt.capture``; passes return new ones.
@@ -139,14 +151,45 @@ class Program:
         """The parameter or buffer that a ``get_attr`` node reads."""
         return attribute(self.graph_module, str(node.target))
 
+    @property
+    def training(self) -> bool:
+        """True in training mode."""
+        return self.graph_module.training
+
+    def train(self, mode: bool = True) -> Program:
+        """Put batch norm, dropout and their like into training mode, in place, as ``nn.Module.train`` does; returns itself.
+
+        Running statistics are then updated by every call. Only this program is switched: those that passes made of it, or
+        that it was made of, have graphs of their own (and share its tensors; ``copy()`` does not). A norm without running
+        statistics uses its batch in both modes.
+        """
+        self.graph_module.train(mode)
+        return self
+
+    def eval(self) -> Program:
+        """Put the program into evaluation mode, in place; returns itself. A program is compiled in this mode."""
+        return self.train(False)
+
     def clone(self) -> Program:
-        """The same program on a graph of its own; tensors are shared."""
+        """The same program, in the same mode, on a graph of its own; tensors are shared."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own pytree specs so
             graph = copy.deepcopy(self.graph)
-        module = fx.GraphModule(self.graph_module, graph, class_name="Program")
-        module.train(self.graph_module.training)
+        module = ProgramModule(self.graph_module, graph, class_name="Program")
+        nn.Module.train(module, self.graph_module.training)
         return replace(self, graph_module=module)
+
+    def copy(self) -> Program:
+        """The same program with tensors of its own, so that training one leaves the other alone. Ties stay ties."""
+        result = self.clone()
+        own: dict[int, torch.Tensor] = {}
+        for path in {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}:
+            tensor = attribute(self.graph_module, path)
+            if id(tensor) not in own:
+                own[id(tensor)] = _own(tensor)
+            owner, _, leaf = path.rpartition(".")
+            setattr(result.graph_module.get_submodule(owner), leaf, own[id(tensor)])
+        return result
 
     def with_record(self, record: Record) -> Program:
         return replace(self, history=(*self.history, record))
@@ -193,12 +236,19 @@ class Program:
         return seen[name]
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
 def _shape_of(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(ops._hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
+def attribute(module: nn.Module, target: str) -> torch.Tensor:
     """The tensor at a dotted path, as ``get_attr`` reads it."""
     value: Any = module
     for part in target.split("."):

@@ -161,7 +161,7 @@ class RemoveIdentities(Pass):
             if self._is_identity(node):
                 edit.replace(node, _source(node))
             elif ops.is_op(node, "dropout"):
-                edit.decline(node, "dropout is in training mode; call model.eval() before capture")
+                edit.decline(node, "dropout is in training mode; call program.eval() first")
             elif ops.is_op(node, "view"):
                 arguments = ops.bind(node)
                 build = edit.build(node)

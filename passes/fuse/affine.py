@@ -21,10 +21,10 @@ def batch_norm(op: Operators, x: object) -> Call:
 
 def check_affine(match: Match) -> None:
     """Decline a batch norm that is no fixed affine map of its input."""
-    if match.argument("bn", "training"):
-        match.decline("batch norm is in training mode; call model.eval() before capture")
     if "mean" not in match or "variance" not in match:
         match.decline("batch norm keeps no running statistics")
+    if match.argument("bn", "training"):
+        match.decline("batch norm is in training mode; call program.eval() first")
     if not all(bool(torch.isfinite(values).all()) for values in scale_and_shift(match)):
         match.decline("the scale or shift of the batch norm is not finite")
 

@@ -106,7 +106,7 @@ def test_what_changes_a_value_is_kept(name: str) -> None:
 def test_dropout_in_training_mode_declines() -> None:
     result = go.passes.RemoveIdentities()(captured(lambda x: F.dropout(x, 0.5, True), X))
     assert operators(result) == ["dropout"]
-    assert reasons(result) == ["dropout is in training mode; call model.eval() before capture"]
+    assert reasons(result) == ["dropout is in training mode; call program.eval() first"]
 
 
 def test_layout_copies_go_on_request() -> None:

@@ -249,14 +249,13 @@ def test_declines_training_mode() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).train()
     result = FOLD(go.capture(model, (X,)))
     assert operators(result) == ["conv2d", "batch_norm"]
-    assert reasons(result) == ["batch norm is in training mode; call model.eval() before capture"]
+    assert reasons(result) == ["batch norm is in training mode; call program.eval() first"]
 
 
 def test_declines_a_norm_without_running_statistics() -> None:
-    # Such a batch norm is in training mode whatever the module's mode is.
     parts = conv_and_norm(track_running_stats=False)
     assert declined(X, function=lambda x, conv, norm: norm(conv(x)), **parts) == [
-        "batch norm is in training mode; call model.eval() before capture"
+        "batch norm keeps no running statistics"
     ]
 
 

@@ -59,7 +59,7 @@ def test_declines_training_mode() -> None:
     program = go.capture(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)).train(), (X,))
     result = go.passes.LowerBatchNorm()(program)
     assert rewrites(result) == 0
-    assert reasons(result) == ["batch norm is in training mode; call model.eval() before capture"]
+    assert reasons(result) == ["batch norm is in training mode; call program.eval() first"]
 
 
 def test_depthwise_declines_other_ranks() -> None:
