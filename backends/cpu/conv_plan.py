@@ -40,6 +40,7 @@ _BURST_PENALTY = 3.0  # three packs at once are more than the steps around them 
 _FEW_STEPS = 12  # that leave an epilogue little to run beside
 _FEW_SUMS = 12
 _HURRIED_PENALTY = 1.25  # 224 x 224 x 3 -> 32: 8 x 2 takes 60 us, 6 x 2 and 8 x 1 take 45
+_SHARED_WEIGHTS = 0.3  # of L2, up to which every core reads all weights
 _PAGE_BYTES = 4096  # pixels this far apart share one set of the L1 cache
 _ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the speed of 7 x 2
 
@@ -373,7 +374,8 @@ def chunk_tiles(
 ) -> int:
     """Tiles of a chunk: x and y of a chunk fill at most half the L2 cache, and the threads get equal shares.
 
-    A chunk runs over all channel blocks before the next one starts; a large chunk reads the weights fewer times, one that
+    Where the weights leave room in every core's L2, threads share the map rather than the channels: a core then reads the
+    pixels that it wrote itself in the layer before. A chunk runs over all channel blocks before the next one starts; a large chunk reads the weights fewer times, one that
     outgrows L2 reads x from further away for every block. ``tiles`` is None where the batch is dynamic, ``image`` the tiles
     of one image.
     """
@@ -389,6 +391,9 @@ def chunk_tiles(
         return chunk
     total = image if tiles is None else tiles
     chunks = -(-total // min(total, chunk))
+    weight_bytes = plan.packed_weights * _SIZES[x.dtype]
+    if threads > 1 and weight_bytes <= _SHARED_WEIGHTS * isa.l2_bytes:
+        chunks = -(-chunks // threads) * threads
     while chunks < total and chunks * blocks < 8 * threads and (chunks * blocks) % threads:
         chunks += 1
     return -(-total // chunks)

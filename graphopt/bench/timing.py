@@ -19,7 +19,7 @@ from graphopt.errors import BenchmarkError
 _BURST_NS = (
     20_000_000  # a rival runs 20 ms before the next one does: caches are warm for most calls
 )
-_LEAST_RUNS = 5
+_LEAST_RUNS = 5  # of a rival, and of a burst: slow models take more than one run to fill the caches again
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def time_interleaved(
     progress: Callable[[float], None] = lambda _share: None,
     pause: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time rivals in turns: each gets bursts of 20 ms until each has had ``seconds``.
+    """Time rivals in turns: each gets bursts of 20 ms and 5 runs at least, until each has had ``seconds``.
 
     The first call of a burst, which finds the caches full of the rival's data, is not counted. ``pause`` seconds stand
     before each burst, for thread pools that spin on after their work. ``progress`` is told the share that is done.
@@ -116,8 +116,9 @@ def time_interleaved(
 
 def _burst(call: Callable[[], object], samples: list[int]) -> int:
     total = _timed(call)
-    while True:
-        samples.append(_timed(call))
-        total += samples[-1]
-        if total >= _BURST_NS:
-            return total
+    counted: list[int] = []
+    while total < _BURST_NS or len(counted) < _LEAST_RUNS:
+        counted.append(_timed(call))
+        total += counted[-1]
+    samples.extend(counted)
+    return total
