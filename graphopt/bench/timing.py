@@ -19,7 +19,9 @@ from graphopt.errors import BenchmarkError
 _BURST_NS = (
     20_000_000  # a rival runs 20 ms before the next one does: caches are warm for most calls
 )
-_LEAST_RUNS = 5  # of a rival, and of a burst: slow models take more than one run to fill the caches again
+_LEAST_RUNS = (
+    5  # of a rival, and of a burst: slow models take more than one run to fill the caches again
+)
 
 
 @dataclass(frozen=True)
