@@ -305,6 +305,19 @@ def position(node: fx.Node, argument: str) -> int:
     return next(i for i, a in enumerate(schema.arguments) if a.name == argument)
 
 
+def masked(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """The parameter and the mask of a pruned weight, ``mul(weight, mask)`` with a buffer named ``..._mask``; else None."""
+    if not is_op(node, "mul"):
+        return None
+    pair = node.args[:2]
+    if not all(isinstance(value, fx.Node) and value.op == "get_attr" for value in pair):
+        return None
+    for weight, mask in (pair, pair[::-1]):
+        if str(mask.target).endswith("_mask") and not str(weight.target).endswith("_mask"):
+            return weight, mask
+    return None
+
+
 def activations(node: fx.Node) -> list[fx.Node]:
     """The nodes that carry a call's activations, in argument order."""
     op = info(node)

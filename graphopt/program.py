@@ -195,13 +195,20 @@ class Program:
         return replace(self, history=(*self.history, record))
 
     def stats(self) -> Stats:
-        """Parameters, non-zero parameters, MACs and bytes, in total and for each layer."""
+        """Parameters, non-zero parameters, MACs and bytes, in total and for each layer.
+
+        A pruning mask is no parameter: its zeros count as those of the weight.
+        """
         seen: dict[str, tuple[int, int, int]] = {}
         layers = []
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            own = [self._parameter_of(a, seen) for a in node.all_input_nodes]
+            pair = ops.masked(node)
+            if pair is not None:
+                own = [self._parameter_of(pair[0], seen, pair[1])]
+            else:
+                own = [self._parameter_of(a, seen) for a in node.all_input_nodes]
             held = [entry for entry in own if entry is not None]
             macs = ops.macs(node)
             if not macs and not held:
@@ -224,14 +231,15 @@ class Program:
         )
 
     def _parameter_of(
-        self, node: fx.Node, seen: dict[str, tuple[int, int, int]]
+        self, node: fx.Node, seen: dict[str, tuple[int, int, int]], mask: fx.Node | None = None
     ) -> tuple[int, int, int] | None:
         if node.op != "get_attr":
             return None
         name = str(node.target)
         if name not in seen:
             tensor = self.tensor(node)
-            nonzero = int(torch.count_nonzero(tensor.detach()))
+            effective = tensor.detach() if mask is None else tensor.detach() * self.tensor(mask)
+            nonzero = int(torch.count_nonzero(effective))
             seen[name] = (tensor.numel(), nonzero, tensor.numel() * tensor.element_size())
         return seen[name]
 
