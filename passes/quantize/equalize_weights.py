@@ -41,8 +41,9 @@ class EqualizeWeights(Pass):
 
     Over chains of convolutions (dense, grouped, depthwise) or of linear layers with ReLU, leaky ReLU or pooling
     between, repeated until no scale moves. ReLU6 breaks the equation: such pairs decline unless ``replace_relu6`` puts
-    a ReLU there, which makes the pass lossy. Declines values that something else reads, and weights that are shared,
-    computed or fake-quantized. Run it after fold-batch-norm and before quantize.
+    a ReLU there, which makes the pass lossy. Of a pruned weight the range is that of ``W * M``, and W is scaled. Declines
+    values that something else reads, and weights that are shared, computed or fake-quantized. Run it after
+    fold-batch-norm and before quantize.
     """
 
     name: ClassVar[str] = "equalize-weights"
@@ -65,9 +66,15 @@ class EqualizeWeights(Pass):
             for layer in (pair.first, pair.second)
             for node in _parameters(layer)
         }
+        masks = {
+            weight: edit.program.tensor(mask).double()
+            for pair in pairs
+            for weight, mask in map(_weight_and_mask, (pair.first, pair.second))
+            if mask is not None
+        }
         changed: dict[fx.Node, None] = {}
         for _ in range(_ROUNDS):
-            moved = [node for pair in pairs for node in _equalize(pair, tensors)]
+            moved = [node for pair in pairs for node in _equalize(pair, tensors, masks)]
             changed.update(dict.fromkeys(moved))
             if not moved:
                 break
@@ -119,9 +126,7 @@ def _is_relu6(node: fx.Node) -> bool:
 
 def _unfit(edit: Edit, layer: fx.Node) -> str | None:
     """Why a layer's parameters cannot be scaled, or None."""
-    arguments = ops.bind(layer)
-    for role in ("weight", "bias"):
-        value = arguments[role]
+    for role, value in (("weight", _weight_and_mask(layer)[0]), ("bias", ops.bind(layer)["bias"])):
         if value is None:
             continue
         if is_fake_quantize(value):
@@ -134,25 +139,37 @@ def _unfit(edit: Edit, layer: fx.Node) -> str | None:
     return None
 
 
+def _weight_and_mask(layer: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The parameter of a layer's weight, and the mask of a pruned one."""
+    weight = ops.bind(layer)["weight"]
+    return ops.masked(weight) or (weight, None)
+
+
 def _parameters(layer: fx.Node) -> list[fx.Node]:
-    arguments = ops.bind(layer)
-    return [value for value in (arguments["weight"], arguments["bias"]) if value is not None]
+    values = (_weight_and_mask(layer)[0], ops.bind(layer)["bias"])
+    return [value for value in values if value is not None]
 
 
-def _equalize(pair: _Pair, tensors: dict[fx.Node, Tensor]) -> list[fx.Node]:
+def _equalize(
+    pair: _Pair, tensors: dict[fx.Node, Tensor], masks: dict[fx.Node, Tensor]
+) -> list[fx.Node]:
     """Scale one pair in place; the parameters that moved."""
-    first, second = ops.bind(pair.first), ops.bind(pair.second)
-    rows = tensors[first["weight"]]
-    groups = int(second.get("groups", 1))
-    columns = tensors[second["weight"]]
-    grouped = columns.reshape(groups, columns.shape[0] // groups, columns.shape[1], -1)
-    r1 = rows.abs().flatten(1).amax(dim=1)
-    r2 = grouped.abs().amax(dim=(1, 3)).flatten()
+    above, below = _weight_and_mask(pair.first)[0], _weight_and_mask(pair.second)[0]
+    groups = int(ops.bind(pair.second).get("groups", 1))
+
+    def by_group(weight: Tensor) -> Tensor:
+        return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+    rows, columns = tensors[above], tensors[below]
+    r1 = (rows * masks.get(above, 1.0)).abs().flatten(1).amax(dim=1)
+    r2 = by_group(columns * masks.get(below, 1.0)).abs().amax(dim=(1, 3)).flatten()
     scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2).sqrt(), 1.0)
     if bool(((scale - 1).abs() <= _CONVERGED).all()):
         return []
-    tensors[first["weight"]] = rows / scale.reshape(-1, *[1] * (rows.dim() - 1))
-    tensors[second["weight"]] = (grouped * scale.reshape(groups, 1, -1, 1)).reshape(columns.shape)
-    if first["bias"] is not None:
-        tensors[first["bias"]] = tensors[first["bias"]] / scale
-    return [*_parameters(pair.first), second["weight"]]
+    tensors[above] = rows / scale.reshape(-1, *[1] * (rows.dim() - 1))
+    grouped = by_group(columns) * scale.reshape(groups, 1, -1, 1)
+    tensors[below] = grouped.reshape(columns.shape)
+    bias = ops.bind(pair.first)["bias"]
+    if bias is not None:
+        tensors[bias] = tensors[bias] / scale
+    return [*_parameters(pair.first), below]

@@ -1,0 +1,36 @@
+"""``Granularity``: which weights are pruned as one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from graphopt.choice import Choice
+from graphopt.passes.prune.granules import Granules
+from graphopt.passes.prune.weights import Decline, Weight
+from graphopt.program import Program
+
+
+class Granularity(Choice):
+    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class."""
+
+    def sparsity(self) -> float | None:
+        """The share that the pattern itself prunes (N:M), or None where it is the schedule's choice."""
+        return None
+
+    @abstractmethod
+    def split(
+        self, program: Program, weights: Sequence[Weight], decline: Decline
+    ) -> list[Granules]:
+        """The granules of the weights, a set for each weight or group; ``decline`` is told what cannot be split."""
+
+    def protected(self, granules: Granules, scores: Tensor) -> Tensor | None:
+        """The granules that the pattern does not let go, or None."""
+        return None
+
+
+def decline_weight(decline: Decline, weight: Weight, reason: str) -> None:
+    for node in weight.layers:
+        decline(node, reason)

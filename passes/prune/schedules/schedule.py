@@ -1,0 +1,124 @@
+"""``Schedule``: how much is pruned, where and when."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.choice import Choice
+from graphopt.errors import PassError
+from graphopt.passes.prune.evidence import Evidence
+from graphopt.passes.prune.granules import Granules
+from graphopt.passes.prune.scores.score import Values
+
+DEFAULT_SPARSITY = 0.5
+
+
+class Schedule(Choice):
+    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class."""
+
+    @abstractmethod
+    def select(
+        self,
+        granules: Sequence[Granules],
+        scores: Sequence[Tensor],
+        values: Values,
+        evidence: Evidence,
+    ) -> list[Tensor]:
+        """True for every granule that stays. A score of infinity is one that must."""
+
+    def resolved(self, fixed: float | None) -> Self:
+        """The schedule with its sparsity settled: a half, or what the granularity fixes.
+
+        Raises PassError where the two contradict each other.
+        """
+        if not hasattr(self, "sparsity"):
+            if fixed is None:
+                return self
+            raise PassError(
+                f"prune: the granularity fixes the sparsity of every layer, which schedule {self.name} chooses; "
+                "take per-layer, global or gradual"
+            )
+        sparsity: float | None = self.sparsity
+        if fixed is not None and sparsity is not None and abs(sparsity - fixed) > 1e-6:
+            raise PassError(
+                f"prune: the granularity fixes the sparsity at {fixed:g}; leave out sparsity={sparsity:g}"
+            )
+        settled = fixed if fixed is not None else sparsity
+        changed: Any = {"sparsity": DEFAULT_SPARSITY if settled is None else settled}
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]  # members are dataclasses
+
+
+def check_share(label: str, name: str, value: float | None) -> None:
+    """Raise PassError where an option is no share."""
+    if value is not None and not 0 <= value <= 1:
+        raise PassError(f"schedule {label}: {name} must be 0 to 1, not {value:g}")
+
+
+def settled(sparsity: float | None) -> float:
+    return DEFAULT_SPARSITY if sparsity is None else sparsity
+
+
+def lowest(
+    scores: Sequence[Tensor], granules: Sequence[Granules], share: float, most: float = 1.0
+) -> list[Tensor]:
+    """Keep all but the lowest granules that hold ``share`` of the sets' weights; ties go in order.
+
+    A set loses at most ``most`` of its granules, and none whose score is infinite. The count is exact where all granules
+    hold as many weights, and else the largest that does not exceed the share.
+    """
+    amount = round(share * sum(one.elements for one in granules))
+    held = list(scores)
+    while True:
+        kept = _lowest(held, granules, amount)
+        empty = [i for i, keep in enumerate(kept) if _lost(keep) > int(most * keep.numel() + 1e-9)]
+        if not empty:
+            return kept
+        for i in empty:  # these give what they may, and the others more
+            rest = _smallest(held[i].flatten(), int(most * held[i].numel() + 1e-9))
+            held[i] = torch.where(rest.reshape(held[i].shape), held[i], torch.inf)
+
+
+def _lost(keep: Tensor) -> int:
+    return keep.numel() - int(torch.count_nonzero(keep))
+
+
+def _lowest(scores: Sequence[Tensor], granules: Sequence[Granules], amount: int) -> list[Tensor]:
+    flat = torch.cat([one.flatten() for one in scores])
+    sizes = [one.sizes for one in granules]
+    if isinstance(sizes[0], int) and all(isinstance(s, int) and s == sizes[0] for s in sizes):
+        drop = _smallest(flat, round(amount / sizes[0]))
+    else:
+        weights = torch.cat(
+            [
+                torch.full((one.count,), s) if isinstance(s, int) else s.flatten()
+                for one, s in zip(granules, sizes, strict=True)
+            ]
+        )
+        order = flat.argsort(stable=True)
+        count = int(torch.searchsorted(weights[order].cumsum(0), amount, right=True))
+        drop = torch.zeros(len(flat), dtype=torch.bool)
+        drop[order[:count]] = True
+    keep = ~drop | (flat == torch.inf)
+    parts = torch.split(keep, [one.numel() for one in scores])
+    return [part.reshape(one.shape) for part, one in zip(parts, scores, strict=True)]
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """True at the ``count`` smallest values, of equal ones the first."""
+    if count <= 0:
+        return torch.zeros(len(values), dtype=torch.bool)
+    if count >= len(values):
+        return torch.ones(len(values), dtype=torch.bool)
+    # NumPy's selection takes 0.06 s for 25 million floats, torch's kthvalue 0.7 s
+    bound = float(np.partition(values.numpy(), count - 1)[count - 1])
+    found = values < bound
+    ties = (values == bound).nonzero().flatten()
+    found[ties[: count - int(torch.count_nonzero(found))]] = True
+    return found
