@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from graphopt.registry import register
     from graphopt.rule import RewriteRule
     from graphopt.session import Session
+    from graphopt.train import distill, evaluate, fine_tune
     from graphopt.tuning.options import Tuning
     from graphopt.tuning.search import tune
 
@@ -54,7 +55,10 @@ _HOME = {
     "capture": "graphopt.frontend",
     "compile": "graphopt.compiler",
     "const": "graphopt.pattern",
+    "distill": "graphopt.train",
+    "evaluate": "graphopt.train",
     "exact": "graphopt.contract",
+    "fine_tune": "graphopt.train",
     "integerize": "graphopt.backends.integerize",
     "load": "graphopt.artifact",
     "lossy": "graphopt.contract",
@@ -86,8 +90,11 @@ __all__ = [
     "capture",
     "compile",
     "const",
+    "distill",
     "errors",
+    "evaluate",
     "exact",
+    "fine_tune",
     "integerize",
     "load",
     "lossy",

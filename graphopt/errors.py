@@ -63,6 +63,10 @@ class InputError(GraphoptError, ValueError):
     """A call's argument has the wrong arity, rank, shape or dtype."""
 
 
+class TrainError(GraphoptError):
+    """Training cannot go on: data, labels, a loss that is no number, a checkpoint; the message names batch and step."""
+
+
 class BenchmarkError(GraphoptError):
     """A measurement cannot be made (a peer is not installed, no input was given)."""
 

@@ -133,6 +133,11 @@ class Program:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run in PyTorch. Raises InputError for a wrong number of inputs, a wrong rank, shape or dtype."""
+        self.check_inputs(*inputs)
+        return self.graph_module(*inputs)
+
+    def check_inputs(self, *inputs: Any) -> None:
+        """Raise InputError where these are no arguments of the program."""
         flat, structure = pytree.tree_flatten(inputs)
         nodes = self.inputs
         if len(flat) != len(nodes):
@@ -145,7 +150,6 @@ class Program:
         if self.dynamic_batch is not None and len({value.shape[0] for value in flat}) > 1:
             sizes = ", ".join(f"{n.name} {v.shape[0]}" for n, v in zip(nodes, flat, strict=True))
             raise InputError(f"all inputs must have one batch size, not {sizes}")
-        return self.graph_module(*inputs)
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The parameter or buffer that a ``get_attr`` node reads."""
