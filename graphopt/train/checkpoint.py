@@ -71,8 +71,9 @@ class Checkpoint:
             TypeError,
             pickle.UnpicklingError,
         ) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise TrainError(
-                f"checkpoint {self.path} cannot be read ({str(error).splitlines()[0]}); delete it to start anew"
+                f"checkpoint {self.path} cannot be read ({reason}); delete it to start anew"
             ) from error
         if version != _VERSION:
             raise TrainError(

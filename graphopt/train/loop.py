@@ -18,7 +18,7 @@ from graphopt.errors import TrainError
 from graphopt.program import Program
 from graphopt.progress import meter
 from graphopt.train import batches, checkpoint, rng
-from graphopt.train.evaluate import Evaluation, device_of, measure, shown
+from graphopt.train.evaluation import Evaluation, device_of, measure, shown
 from graphopt.train.journal import Journal
 from graphopt.train.objective import Objective, score
 from graphopt.train.options import Batches, Options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,17 +58,20 @@ def task(batches: int = 6, size: int = 16, seed: int = 1) -> list[tuple[Tensor, 
     return data
 
 
+@dataclass(frozen=True)
 class Mask(go.Pass):
-    """``W -> W * M`` for every layer, M the larger half of the weights."""
+    """``W -> W * M`` for every layer, M without a share of the weights, the smallest."""
 
-    name = "mask-half"
+    name = "mask-smallest"
     contract = go.lossy
+
+    share: float = 0.5
 
     def apply(self, edit: Edit) -> None:
         for node in edit.nodes("conv2d", "linear"):
             weight = ops.bind(node)["weight"]
             values = edit.program.tensor(weight).detach()
-            mask = (values.abs() > values.abs().median()).float()
+            mask = (values.abs() > values.abs().flatten().quantile(self.share)).float()
             build = edit.build(node)
             held = build.parameter(f"{weight.target}_mask", mask, trainable=False)
             edit.replace_argument(node, "weight", build.mul(weight, held))

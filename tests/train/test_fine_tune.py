@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,24 +187,20 @@ def test_two_runs_are_equal_and_another_seed_is_not() -> None:
     ],
     ids=["adamw", "step-lr", "one-cycle", "plateau", "clipped"],
 )
-def test_optimizers_and_schedulers_of_torch(tmp_path: Path, keywords: Keywords) -> None:
+def test_optimizers_and_schedulers_of_torch(
+    tmp_path: Path, keywords: Keywords, request: pytest.FixtureRequest
+) -> None:
     log = tmp_path / "log.jsonl"
-    options: Keywords = {"optimizer": sgd(), **keywords}
+    options: Any = {"optimizer": sgd(), **keywords}
     program = capture(net())
     go.fine_tune(program, task(), epochs=2, validation=task(1, seed=2), log=log, **options)
     rows = step_rows(log)
     rates = [row["learning_rate"] for row in rows]
-    if "scheduler" in keywords and "Plateau" not in str(keywords["scheduler"](_Dummy.optimizer())):
+    if request.node.callspec.id in ("step-lr", "one-cycle"):
         assert rates[0] != rates[-1]
     if "clip_norm" in keywords:
         assert all(isinstance(row["gradient_norm"], float) for row in rows)
     assert [row["step"] for row in rows] == list(range(12))
-
-
-class _Dummy:
-    @staticmethod
-    def optimizer() -> torch.optim.Optimizer:
-        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
@@ -211,7 +208,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     jump = [1.0, 1.0, 200.0, 200.0, 200.0, 200.0, 200.0]
     validation = task(2, seed=3)
-    options: Keywords = {
+    options: Any = {
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
         "scheduler": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: jump[epoch]),
         "metric": lambda output, labels: -F.cross_entropy(output, labels),
