@@ -97,7 +97,7 @@ class Place:
 
 
 class TileStore:
-    """Epilogue and stores of a kernel, on its flat buffers."""
+    """Epilogue and stores of a kernel, on its flat buffers. Accumulators come ``scale`` times too large, a power of two."""
 
     def __init__(
         self,
@@ -106,9 +106,11 @@ class TileStore:
         y: Buffer,
         multiplier: Buffer | None,
         residual: Buffer | None,
+        scale: int = 1,
     ) -> None:
         self.workload = workload
         self.isa = isa
+        self.scale = scale
         self.y, self.multiplier, self.residual = y, multiplier, residual
         epilogue = workload.epilogue
         self.late = epilogue.activation
@@ -138,7 +140,7 @@ class TileStore:
         if self.multiplier is not None:
             for v in range(whole):
                 start = place.packed_channel + v * lanes
-                multipliers[v] = bind(emit.load(self.multiplier, start, lanes))
+                multipliers[v] = self._load_multiplier(start, lanes)
         for start in range(0, packed, PACKED_VECTORS):
             self._store_pack(
                 get, first, vectors[start : start + PACKED_VECTORS], multipliers, place
@@ -149,11 +151,17 @@ class TileStore:
             multiplier = None
             if self.multiplier is not None:
                 start = place.packed_channel + whole * lanes + channel
-                multiplier = bind(emit.load(self.multiplier, start, size))
+                multiplier = self._load_multiplier(start, size)
             for p in range(pixels):
                 self._store_piece(get, first + p, whole, channel, size, multiplier, place)
         if self.late is not None:
             self._activate(self.late, first, pixels, place)
+
+    def _load_multiplier(self, start: Expr, lanes: int) -> Expr:
+        value = bind(emit.load(self.multiplier, start, lanes))
+        if self.scale == 1:
+            return value
+        return bind(value * emit.constant("float32", 1 / self.scale, lanes))
 
     def _y_index(self, pixel: Expr, channel: int, place: Place) -> Expr:
         return place.y + (pixel * self.workload.y.channel_stride + channel)

@@ -18,16 +18,19 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.activation import LONG, apply_activation
+from graphopt.backends.cpu.conv_store import Place, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cpu.epilogue import apply_epilogue
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.surroundings import fill_surroundings
 from graphopt.backends.cpu.winograd_plan import plan_winograd
 from graphopt.backends.cpu.winograd_transform import (
+    BIAS_POINT,
+    OUTPUT_SCALE,
     POINTS,
     TILE,
     WINDOW,
     descale,
+    scaled_bias,
     transform_input,
     transform_output,
 )
@@ -102,7 +105,14 @@ class _Kernel:
             residual = activations("residual", workload.residual)
         y = activations("y", workload.y)
         self.x, self.y = emit.flat(x), emit.flat(y)
-        self.residual = None if residual is None else emit.flat(residual)
+        self.store = TileStore(
+            dataclasses.replace(workload, epilogue=self.epilogue),
+            self.isa,
+            self.y,
+            self.multiplier,
+            None if residual is None else emit.flat(residual),
+            OUTPUT_SCALE if self.integer else 1,
+        )
 
     def _tasks(self) -> None:
         """Chunks of tiles x shares of the output channels: the loop that threads share."""
@@ -266,28 +276,52 @@ class _Kernel:
             if not count or not valid:
                 continue
             with emit.loop(count) as i:
-                vector = bind(first + i)
-                at = bind(vector * lanes)
-                values = self._sums(products, bind(source + at), vectors)
-                bias = bind(emit.load(self.bias, channel + at, lanes))
-                for pixel, value in values.items():
-                    total = bind((descale(value, lanes) if self.integer else value) + bias)
-                    with self._unless_written(place, *pixel):
-                        starts = bind(y_start + at), bind(r_start + at)
-                        self._store(total, valid, bind(channel + at), pixel, *starts)
+                at = bind((first + i) * lanes)
+                here = bind(channel + at)
+                sums = self._sums(products, bind(source + at), vectors, here)
+                for row in range(TILE):
+                    target = Place(
+                        y_start + (at + row * self._pitch(workload.y)),
+                        r_start + (at + row * self._pitch(workload.residual)),
+                        here,
+                        valid,
+                    )
+                    self._store_row(sums[row], row, place, target)
         if self.late is not None:
             self._activate(self.late, channels, y_start, place)
 
-    def _sums(self, products: Buffer, source: Expr, vectors: int) -> dict[tuple[int, int], Expr]:
-        """The 16 pixels of one vector of channels."""
+    @staticmethod
+    def _pitch(layout: Layout | None) -> int:
+        """Elements from a row of pixels to the next."""
+        return 0 if layout is None else layout.columns * layout.channel_stride
+
+    def _store_row(self, sums: list[Expr], row: int, place: _Place, target: Place) -> None:
+        """Epilogue and store of a tile's row: together, but for float pixels that an earlier tile may have written."""
+        if self.integer:
+            self.store.finish(lambda pixel, _: sums[pixel], 0, TILE, target)
+            return
+        for column, value in enumerate(sums):
+            with self._unless_written(place, row, column):
+                self.store.finish(lambda _, __, value=value: value, column, 1, target)
+
+    def _sums(
+        self, products: Buffer, source: Expr, vectors: int, channel: Expr
+    ) -> list[list[Expr]]:
+        """The rows of 4 pixels of one vector of channels, bias included; integers ``OUTPUT_SCALE`` times too large."""
         lanes = self.plan.lanes
+        bias = bind(emit.load(self.bias, channel, lanes))
         rows = []
         for r in range(WINDOW):
             offsets = [(r * WINDOW + s) * vectors * lanes for s in range(WINDOW)]
             values = [bind(emit.load(products, source + offset, lanes)) for offset in offsets]
+            if self.integer and r == BIAS_POINT:
+                values[BIAS_POINT] = bind(values[BIAS_POINT] + scaled_bias(bias, lanes))
             rows.append(transform_output(values, self.integer))
         columns = [transform_output([row[j] for row in rows], self.integer) for j in range(TILE)]
-        return {(i, j): columns[j][i] for j in range(TILE) for i in range(TILE)}
+        pixels = [[columns[j][i] for j in range(TILE)] for i in range(TILE)]
+        if self.integer:
+            return [[bind(descale(value, lanes)) for value in row] for row in pixels]
+        return [[bind(value + bias) for value in row] for row in pixels]
 
     @contextmanager
     def _unless_written(self, place: _Place, i: Expr, j: Expr) -> Iterator[None]:
@@ -322,31 +356,6 @@ class _Kernel:
         row, column = place.row + layout.top, place.column + layout.left
         line = (place.image * layout.rows + row) * layout.columns
         return (line + column) * layout.channel_stride + layout.first_channel
-
-    def _store(
-        self,
-        total: Expr,
-        channels: int,
-        channel: Expr,
-        pixel: tuple[int, int],
-        y_start: Expr,
-        r_start: Expr,
-    ) -> None:
-        """Epilogue and store of one pixel's vector, of which ``channels`` lanes count."""
-        workload = self.workload
-        y, residual = workload.y, workload.residual
-        for first, size in emit.pieces(channels):
-            multiplier = None
-            if self.multiplier is not None:
-                multiplier = bind(emit.load(self.multiplier, channel + first, size))
-            other = None
-            if residual is not None and self.residual is not None:
-                offset = (pixel[0] * residual.columns + pixel[1]) * residual.channel_stride
-                other = emit.load(self.residual, r_start + (offset + first), size)
-            part = bind(emit.slice_lanes(total, first, size, self.plan.lanes))
-            value = apply_epilogue(self.epilogue, part, size, multiplier, other, y.dtype)
-            offset = (pixel[0] * y.columns + pixel[1]) * y.channel_stride
-            emit.store(self.y, y_start + (offset + first), value)
 
 
 def winograd(workload: Conv2d, isa: Isa, threads: int) -> tvm.tirx.PrimFunc:

@@ -120,11 +120,17 @@ def fits(workload: Conv2d) -> bool:
     )
 
 
-def sums_fit(weight: npt.NDArray[np.int8]) -> bool:
-    """True where no sum of bytes times these int8 weights (OIHW) leaves the range in which it can be recovered."""
+def sums_fit(weight: npt.NDArray[np.int8], bias: npt.NDArray[np.int32] | None = None) -> bool:
+    """True where no sum of bytes times these int8 weights (OIHW), and bias, leaves the range in which it can be recovered.
+
+    The zero point of the bytes only moves the sum: a difference of two bytes is at most 255.
+    """
     rows = weight.astype(np.int64).reshape(weight.shape[0], -1)
     positive, negative = rows.clip(min=0).sum(axis=1), -rows.clip(max=0).sum(axis=1)
-    return bool(255 * np.maximum(positive, negative).max(initial=0) <= LARGEST_SUM)
+    largest = 255 * np.maximum(positive, negative)
+    if bias is not None:
+        largest = largest + np.abs(bias.astype(np.int64))
+    return bool(largest.max(initial=0) <= LARGEST_SUM)
 
 
 def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: int) -> float:

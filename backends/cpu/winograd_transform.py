@@ -2,8 +2,8 @@
 
 Points 0, 1, -1, 2, -2 and infinity (Winograd 1980; Lavin & Gray 2016). On integers everything is exact modulo 2**32:
 ``G`` is scaled by 24 (its last row by 12, which ``A^T`` doubles), so that a tile comes out 576 times too large; 576 is
-64 * 9, and 9 has an inverse modulo 2**32. What is left after a product with it is 64 y, of which a shift makes y,
-as long as ``-2**25 <= y < 2**25``.
+64 * 9, and 9 has an inverse modulo 2**32. What is left after a product with it is 64 y, a number that int32 holds as long
+as ``-2**25 <= y < 2**25``, and whose float32 is 64 times that of y.
 Ranges: of bytes ``B^T d B`` stays within 12,750, of int8 weights ``G w G^T`` within 144 * 128 = 18,432: both are int16.
 """
 
@@ -17,6 +17,8 @@ TILE = 4  # outputs a side
 WINDOW = 6  # inputs a side
 POINTS = WINDOW * WINDOW
 LARGEST_SUM = 2**25 - 1
+OUTPUT_SCALE = 64
+BIAS_POINT = 1  # row and column of the point whose product reaches every output with weight 1
 _INVERSE_OF_9 = pow(9, -1, 2**32)
 _FLOAT_SCALES = (1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24, 1.0)
 _INTEGER_SCALES = (6, -4, -4, 1, 1, 12)
@@ -69,7 +71,12 @@ def transform_output(m: Sequence[Expr], integer: bool) -> list[Expr]:
     ]
 
 
+def scaled_bias(bias: Expr, lanes: int) -> Expr:
+    """What, added to the product at point (1, 1), adds a bias to every y: that point's column of ``A^T`` is all ones."""
+    return bias * constant("int32", 9 * OUTPUT_SCALE, lanes)
+
+
 def descale(value: Expr, lanes: int) -> Expr:
-    """``y`` of ``576 y`` modulo 2**32."""
+    """``64 y`` (``OUTPUT_SCALE``) of ``576 y`` modulo 2**32."""
     inverse = _INVERSE_OF_9 - 2**32 if _INVERSE_OF_9 >= 2**31 else _INVERSE_OF_9
-    return (value * constant("int32", inverse, lanes)) >> constant("int32", 6, lanes)
+    return value * constant("int32", inverse, lanes)

@@ -120,7 +120,7 @@ class ConvolutionStep(Step):
             function = depthwise(workload, context.isa, context.threads)
             packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
             return Kernel(_name(function), function, tuple(packed), workload.macs)
-        if _is_winograd(context, workload, weight):
+        if _is_winograd(context, workload, weight, bias):
             return _winograd(context, workload, weight, bias, multiplier)
         choice = context.choices.get(workload_key(workload))
         if choice is not None and not fits(workload, context.isa, choice):
@@ -142,10 +142,10 @@ class ConvolutionStep(Step):
         return weight, bias, multiplier
 
 
-def _is_winograd(context: Context, workload: Conv2d, weight: Array) -> bool:
+def _is_winograd(context: Context, workload: Conv2d, weight: Array, bias: Array | None) -> bool:
     if not is_winograd(workload, context.isa, context.threads, sums_fit=True):
         return False
-    return workload.x.dtype == "float32" or sums_fit(weight)
+    return workload.x.dtype == "float32" or sums_fit(weight, bias)
 
 
 def _winograd(

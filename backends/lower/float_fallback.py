@@ -54,8 +54,11 @@ def _rivals(plan: Plan, step: ConvolutionStep) -> Rivals:
 
     inputs = [layout(*pair) for pair in zip(step.inputs, step.plain_inputs, strict=True)]
     workload = step.workload(inputs, layout(step.output, step.plain_output))
-    weight = plan.program.tensor(step.constants.weight)
-    return rivals(workload, fits(workload) and sums_fit(weight.detach().numpy()))
+    weight, bias = (
+        None if node is None else plan.program.tensor(node).detach().numpy()
+        for node in (step.constants.weight, step.constants.bias)
+    )
+    return rivals(workload, fits(workload) and weight is not None and sums_fit(weight, bias))
 
 
 def worth_measuring(layer: Rivals, isa: Isa, threads: int) -> bool:

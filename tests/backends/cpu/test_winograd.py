@@ -105,6 +105,9 @@ def test_sums_beyond_the_recoverable_range_are_refused() -> None:
     more = np.full((3, 1037, 1, 1), 127, np.int8)
     assert not sums_fit(more)
     assert not sums_fit(-more)
+    room = 2**25 - 1 - 255 * 127 * 1036
+    assert sums_fit(weight, np.array([0, -room, 0], np.int32))
+    assert not sums_fit(weight, np.array([0, room + 1, 0], np.int32))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
