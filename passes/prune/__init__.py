@@ -2,7 +2,14 @@
 
 from graphopt.passes.prune.apply_masks import ApplyMasks
 from graphopt.passes.prune.gradual import GradualPruner
-from graphopt.passes.prune.granularities import NM, Block, Element, Filter, Granularity
+from graphopt.passes.prune.granularities import (
+    NM,
+    Block,
+    Channel,
+    Element,
+    Filter,
+    Granularity,
+)
 from graphopt.passes.prune.prune import Prune
 from graphopt.passes.prune.schedules import (
     Global,
@@ -28,6 +35,7 @@ __all__ = [
     "ApplyMasks",
     "BatchNormScale",
     "Block",
+    "Channel",
     "Element",
     "Filter",
     "Global",

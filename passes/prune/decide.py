@@ -1,8 +1,8 @@
-"""The decision: find the weights, split them into granules, score those, and let the schedule choose."""
+"""The decision: split the weights into granules, score those, and let the schedule choose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from graphopt.errors import PassError
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granularities import Granularity
-from graphopt.passes.prune.granules import Granules
+from graphopt.passes.prune.granules import Decision, Granules
 from graphopt.passes.prune.schedules import Schedule
 from graphopt.passes.prune.scores import Score
 from graphopt.passes.prune.scores.score import distinct
 from graphopt.passes.prune.weights import Decline, Weight
+
+_HALVINGS = 16  # of the share, to meet a budget
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,6 @@ class Choices:
     monotone: bool = True
 
 
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """One set of granules and which of them stay."""
-
-    granules: Granules
-    keep: Tensor
-
-
 def decide(
     choices: Choices, evidence: Evidence, weights: Sequence[Weight], decline: Decline
 ) -> list[Decision]:
@@ -43,7 +37,7 @@ def decide(
 
     Raises PassError for a score that is not a number.
     """
-    program = evidence.program
+    program = evidence.source
     fit = []
     for weight in weights:
         reason = choices.score.unfit(program, weight)
@@ -59,27 +53,39 @@ def decide(
         w: (w.effective(program) if choices.monotone else w.tensor(program)).float()
         for w in distinct(granules)
     }
-    scores = choices.score.measure(granules, values, evidence)
-    bounded = [
-        _bounded(choices, evidence, one, score) for one, score in zip(granules, scores, strict=True)
+    measured = choices.score.measure(granules, values, evidence)
+    scores = [
+        _bounded(choices, evidence, one, score)
+        for one, score in zip(granules, measured, strict=True)
     ]
-    kept = choices.schedule.select(granules, bounded, values, evidence)
-    return [Decision(one, keep) for one, keep in zip(granules, kept, strict=True)]
+    choose = choices.schedule.chooser(granules, scores, values, evidence)
+
+    def decisions(share: float) -> list[Decision]:
+        rows = zip(granules, choose(share), scores, strict=True)
+        return choices.granularity.settle([Decision(*row) for row in rows])
+
+    target = getattr(choices.schedule, "sparsity", None)
+    return decisions(0.0) if target is None else _at(target, decisions, choices.granularity)
 
 
-def masks_of(
-    decisions: Sequence[Decision], evidence: Evidence, monotone: bool
-) -> dict[Weight, Tensor]:
-    """The mask of each weight, which stays 0 where an older one is if ``monotone``."""
-    masks: dict[Weight, Tensor] = {}
-    for decision in decisions:
-        for weight, mask in decision.granules.masks(decision.keep).items():
-            masks[weight] = masks[weight] * mask if weight in masks else mask
-    for weight, mask in masks.items():
-        old = weight.old_mask(evidence.program)
-        new = mask.to(weight.tensor(evidence.program).dtype)
-        masks[weight] = new * old if monotone and old is not None else new
-    return masks
+def _at(
+    target: float, decisions: Callable[[float], list[Decision]], granularity: Granularity
+) -> list[Decision]:
+    """The decisions that remove ``target`` of what the granularity counts: of weights directly, of costs by bisection."""
+    found = decisions(target)
+    if granularity.removed(found) is None:
+        return found
+    low, high, best = 0.0, 1.0, decisions(1.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = decisions(middle)
+        removed = granularity.removed(found)
+        assert removed is not None
+        if removed < target - 1e-9:
+            low = middle
+        else:
+            high, best = middle, found
+    return best
 
 
 def _bounded(choices: Choices, evidence: Evidence, granules: Granules, score: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def _bounded(choices: Choices, evidence: Evidence, granules: Granules, score: Te
             f"{evidence.name}: score {choices.score.name} of {granules.label!r} is NaN or infinite; "
             "check the weights, the data and the loss"
         )
-    gone = granules.pruned(evidence.program) if choices.monotone else None
+    gone = granules.pruned(evidence.source) if choices.monotone else None
     if gone is not None:
         score = torch.where(gone, -torch.inf, score)
     protected = choices.granularity.protected(granules, score)

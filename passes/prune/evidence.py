@@ -23,17 +23,22 @@ LOSSES: dict[str, Loss] = {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The program in evaluation mode, on data. ``loss`` is a name of ``LOSSES`` or ``loss(output, labels)``, a mean."""
+    """The program in evaluation mode, on data. ``loss`` is a name of ``LOSSES`` or ``loss(output, labels)``, a mean.
 
-    program: Program
+    A program in training mode runs as a copy of its graph: its running statistics are not to be touched.
+    """
+
+    source: Program
     name: str
     calibration: Iterable[Any] | None = field(default=None, repr=False)
     data: Iterable[Any] | None = field(default=None, repr=False)
     loss: str | Loss = "cross-entropy"
 
+    program: Program = field(init=False)
+
     def __post_init__(self) -> None:
-        if self.program.training:  # a copy of the graph: running statistics are not to be touched
-            object.__setattr__(self, "program", self.program.clone().eval())
+        source = self.source
+        object.__setattr__(self, "program", source.clone().eval() if source.training else source)
 
     def inputs(self) -> Iterator[tuple[Any, ...]]:
         """Batches of the program's arguments: ``calibration``, or those of ``data``. Raises CalibrationError."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from graphopt.errors import PassError
-from graphopt.passes.prune.decide import Choices, decide, masks_of
+from graphopt.passes.prune.decide import Choices, decide
+from graphopt.passes.prune.masks import masks_of
 from graphopt.passes.prune.prune import Prune
 from graphopt.passes.prune.schedules import Gradual
 from graphopt.passes.prune.weights import find
@@ -60,7 +61,7 @@ class GradualPruner:
         )
         evidence = prune.evidence(program)
         decisions = decide(at_once, evidence, weights, lambda _node, _reason: None)
-        for weight, mask in masks_of(decisions, evidence, choices.monotone).items():
+        for weight, mask in masks_of(decisions, program, choices.monotone).items():
             old = weight.old_mask(program)
             assert old is not None
             old.copy_(mask)

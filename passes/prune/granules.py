@@ -37,8 +37,11 @@ class Granules(ABC):
         """How many weights a granule holds; a number where all hold as many."""
 
     @abstractmethod
-    def mean(self, elements: Mapping[Weight, Tensor]) -> Tensor:
-        """The mean over each granule of a value given for every element of the weights."""
+    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
+        """The mean over each granule of a value given for every element of the weights.
+
+        ``makers``: over the weights that make a channel alone, without those that read it.
+        """
 
     @abstractmethod
     def masks(self, keep: Tensor) -> dict[Weight, Tensor]:
@@ -63,6 +66,15 @@ class Granules(ABC):
         """How many weights the granules hold in all."""
         sizes = self.sizes
         return sizes * self.count if isinstance(sizes, int) else int(sizes.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """One set of granules and which of them stay (True)."""
+
+    granules: Granules
+    keep: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +110,7 @@ class Blocks(Granules):
         columns = _lengths(inputs, self.inputs)
         return (rows[:, None] * columns * deep)[None, :, :, None].expand(self.shape)
 
-    def mean(self, elements: Mapping[Weight, Tensor]) -> Tensor:
+    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
         rows = self.weight.layout.rows(elements[self.weight])
         if self.outputs == self.inputs == 1 and not self.all_taps:
             return rows

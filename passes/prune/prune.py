@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from graphopt import ops
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Edit
 from graphopt.errors import PassError
-from graphopt.passes.prune.decide import Choices, decide, masks_of
+from graphopt.passes.prune.decide import Choices, decide
 from graphopt.passes.prune.evidence import LOSSES, Evidence
 from graphopt.passes.prune.granularities import Element, Granularity
 from graphopt.passes.prune.schedules import Global, Gradual, Schedule
 from graphopt.passes.prune.scores import Magnitude, Score
-from graphopt.passes.prune.weights import Selection, Weight, find
+from graphopt.passes.prune.weights import Selection, find
 from graphopt.passing import Pass
 from graphopt.program import Program
 from graphopt.registry import register
@@ -96,59 +94,6 @@ class Prune(Pass):
         if not decisions:
             edit.note("no layer to prune")
             return
-        masks = masks_of(decisions, evidence, self.monotone)
-        everywhere = isinstance(self.schedule, Gradual)  # the loop moves masks, it puts in none
-        kept = 0
-        for weight, mask in masks.items():
-            ones = int(torch.count_nonzero(mask))
-            set_mask(edit, weight, mask, everywhere or ones < mask.numel())
-            kept += ones
-        total = sum(mask.numel() for mask in masks.values())
-        edit.note(f"{1 - kept / total:.1%} of {total:,} weights in {len(masks)} tensors are masked")
-
-
-def set_mask(edit: Edit, weight: Weight, mask: Tensor, insert: bool) -> None:
-    """Let the weight's readers read ``W * M``; a weight without a mask gets one where ``insert``."""
-    before = weight.effective(edit.program)
-    old = weight.old_mask(edit.program)
-    if old is not None:
-        if torch.equal(old, mask):
-            return
-        assert weight.mask is not None
-        edit.set_tensor(weight.mask, mask)
-    elif insert:
-        _insert(edit, weight, mask)
-    else:
-        return
-    _record(edit, weight, before, weight.tensor(edit.program) * mask)
-
-
-def _insert(edit: Edit, weight: Weight, mask: Tensor) -> None:
-    anchor = weight.sources[0].next
-    while anchor.op in ("placeholder", "get_attr"):
-        anchor = anchor.next
-    build = edit.build(anchor, weight.sources[:1])
-    product = build.mul(
-        weight.sources[0], build.parameter(f"{weight.name}_mask", mask, trainable=False)
-    )
-    for source in weight.sources:
-        edit.replace(source, product)
-
-
-def _record(edit: Edit, weight: Weight, before: Tensor, after: Tensor) -> None:
-    """A row for each layer that reads the weight: weights and MACs that are not zero."""
-    had, has = int(torch.count_nonzero(before)), int(torch.count_nonzero(after))
-    size = float(before.float().norm())
-    error = float((before - after).float().norm()) / size if size else 0.0
-    for node in weight.layers:
-        edit.layer_changed(
-            node,
-            parameters=(had, has),
-            macs=(_macs(node, had, before), _macs(node, has, before)),
-            error=error,
-            text=f"{1 - has / before.numel():.1%} zeros",
-        )
-
-
-def _macs(node: fx.Node, nonzero: int, weight: Tensor) -> int:
-    return round(ops.macs(node) * nonzero / weight.numel())
+        # A training loop moves masks, it puts in none.
+        everywhere = isinstance(self.schedule, Gradual)
+        self.granularity.carry_out(edit, decisions, self.monotone, everywhere)

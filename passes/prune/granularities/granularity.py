@@ -1,4 +1,4 @@
-"""``Granularity``: which weights are pruned as one."""
+"""``Granularity``: which weights are pruned as one, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from graphopt.choice import Choice
-from graphopt.passes.prune.granules import Granules
+from graphopt.edit import Edit
+from graphopt.passes.prune.granules import Decision, Granules
+from graphopt.passes.prune.masks import apply_masks
 from graphopt.passes.prune.weights import Decline, Weight
 from graphopt.program import Program
 
@@ -29,6 +31,20 @@ class Granularity(Choice):
     def protected(self, granules: Granules, scores: Tensor) -> Tensor | None:
         """The granules that the pattern does not let go, or None."""
         return None
+
+    def settle(self, decisions: list[Decision]) -> list[Decision]:
+        """The nearest decisions that can be carried out."""
+        return decisions
+
+    def removed(self, decisions: Sequence[Decision]) -> float | None:
+        """The share that the decisions remove of what the schedule's sparsity is a share of; None where that is weights."""
+        return None
+
+    def carry_out(
+        self, edit: Edit, decisions: Sequence[Decision], monotone: bool, everywhere: bool
+    ) -> None:
+        """Change the program; masks where a granularity does not know better."""
+        apply_masks(edit, decisions, monotone, everywhere)
 
 
 def decline_weight(decline: Decline, weight: Weight, reason: str) -> None:

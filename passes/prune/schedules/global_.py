@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.schedules.schedule import Schedule, check_share, lowest, settled
+from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, lowest
 from graphopt.passes.prune.scores.score import Values
 
 
@@ -34,16 +34,15 @@ class Global(Schedule):
         check_share(self.name, "sparsity", self.sparsity)
         check_share(self.name, "most", self.most)
 
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
-        if self.normalize:
-            scores = [_normalized(one) for one in scores]
-        return lowest(scores, granules, settled(self.sparsity), self.most)
+    ) -> Chooser:
+        comparable = [_normalized(one) for one in scores] if self.normalize else scores
+        return lambda share: lowest(comparable, granules, share, self.most)
 
 
 def _normalized(scores: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
 from graphopt.passes.prune.schedules.global_ import Global
 from graphopt.passes.prune.schedules.per_layer import PerLayer
-from graphopt.passes.prune.schedules.schedule import Schedule, check_share, settled
+from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, settled
 from graphopt.passes.prune.scores.score import Values
 
 
@@ -67,11 +67,13 @@ class Gradual(Schedule):
         """The schedule that prunes to the sparsity of a training step at once."""
         return (Global if self.scope == "global" else PerLayer)(self.at(step))
 
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
-        return self.one_shot(self.start).select(granules, scores, values, evidence)
+    ) -> Chooser:
+        one_shot = self.one_shot(self.start)
+        choose = one_shot.chooser(granules, scores, values, evidence)
+        return lambda _share: choose(self.at(self.start))

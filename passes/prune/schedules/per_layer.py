@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.schedules.schedule import Schedule, check_share, lowest, settled
+from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, lowest
 from graphopt.passes.prune.scores.score import Values
 
 
@@ -28,12 +28,12 @@ class PerLayer(Schedule):
     def __post_init__(self) -> None:
         check_share(self.name, "sparsity", self.sparsity)
 
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
-        share = settled(self.sparsity)
-        return [lowest([s], [g], share)[0] for s, g in zip(scores, granules, strict=True)]
+    ) -> Chooser:
+        pairs = list(zip(scores, granules, strict=True))
+        return lambda share: [lowest([s], [g], share)[0] for s, g in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +17,8 @@ from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
 from graphopt.passes.prune.scores.score import Values
 
+Chooser = Callable[[float], list[Tensor]]
+
 DEFAULT_SPARSITY = 0.5
 
 
@@ -24,14 +26,17 @@ class Schedule(Choice):
     """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class."""
 
     @abstractmethod
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
-        """True for every granule that stays. A score of infinity is one that must."""
+    ) -> Chooser:
+        """Measures what is to be measured; the result tells which granules stay (True) at a share to be pruned.
+
+        A score of infinity is of a granule that must stay. A schedule without a share ignores it.
+        """
 
     def resolved(self, fixed: float | None) -> Self:
         """The schedule with its sparsity settled: a half, or what the granularity fixes.
@@ -70,13 +75,12 @@ def lowest(
 ) -> list[Tensor]:
     """Keep all but the lowest granules that hold ``share`` of the sets' weights; ties go in order.
 
-    A set loses at most ``most`` of its granules, and none whose score is infinite. The count is exact where all granules
-    hold as many weights, and else the largest that does not exceed the share.
+    A set loses at most ``most`` of its granules, and none whose score is infinite. Where all granules hold as many
+    weights the count is the share rounded to the nearest, and else the largest that does not exceed it.
     """
-    amount = round(share * sum(one.elements for one in granules))
     held = list(scores)
     while True:
-        kept = _lowest(held, granules, amount)
+        kept = _lowest(held, granules, share)
         empty = [i for i, keep in enumerate(kept) if _lost(keep) > int(most * keep.numel() + 1e-9)]
         if not empty:
             return kept
@@ -89,11 +93,11 @@ def _lost(keep: Tensor) -> int:
     return keep.numel() - int(torch.count_nonzero(keep))
 
 
-def _lowest(scores: Sequence[Tensor], granules: Sequence[Granules], amount: int) -> list[Tensor]:
+def _lowest(scores: Sequence[Tensor], granules: Sequence[Granules], share: float) -> list[Tensor]:
     flat = torch.cat([one.flatten() for one in scores])
     sizes = [one.sizes for one in granules]
     if isinstance(sizes[0], int) and all(isinstance(s, int) and s == sizes[0] for s in sizes):
-        drop = _smallest(flat, round(amount / sizes[0]))
+        drop = _smallest(flat, round(share * len(flat)))
     else:
         weights = torch.cat(
             [
@@ -102,6 +106,7 @@ def _lowest(scores: Sequence[Tensor], granules: Sequence[Granules], amount: int)
             ]
         )
         order = flat.argsort(stable=True)
+        amount = round(share * sum(one.elements for one in granules))
         count = int(torch.searchsorted(weights[order].cumsum(0), amount, right=True))
         drop = torch.zeros(len(flat), dtype=torch.bool)
         drop[order[:count]] = True

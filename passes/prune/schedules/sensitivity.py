@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import PassError
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.schedules.schedule import Schedule, check_share, lowest, settled
+from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, lowest, settled
 from graphopt.passes.prune.scores.score import Values, at_nodes
 from graphopt.progress import track
 
@@ -56,13 +56,13 @@ class Sensitivity(Schedule):
             )
         return super().resolved(fixed)
 
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
+    ) -> Chooser:
         damage = _damage(evidence, values)
         curves: list[Curve] = []
         for one, score in track(
@@ -71,9 +71,13 @@ class Sensitivity(Schedule):
             keeps = [lowest([score], [one], level)[0] for level in self.levels]
             found = [damage(one, keep) for keep in keeps]
             curves.append([(0.0, 0.0), *zip(self.levels, found, strict=True)])
-        shares = allot(curves, [one.elements for one in granules], settled(self.sparsity))
-        rows = zip(scores, granules, shares, strict=True)
-        return [lowest([score], [one], share)[0] for score, one, share in rows]
+        sizes = [one.elements for one in granules]
+
+        def choose(share: float) -> list[Tensor]:
+            rows = zip(scores, granules, allot(curves, sizes, share), strict=True)
+            return [lowest([score], [one], own)[0] for score, one, own in rows]
+
+        return choose
 
 
 def allot(curves: Sequence[Curve], sizes: Sequence[int], sparsity: float) -> list[float]:

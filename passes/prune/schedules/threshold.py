@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.errors import PassError
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.schedules.schedule import Schedule, check_share, lowest
+from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, lowest
 from graphopt.passes.prune.scores.score import Values
 
 
@@ -31,12 +31,13 @@ class Threshold(Schedule):
             )
         check_share(self.name, "most", self.most)
 
-    def select(
+    def chooser(
         self,
         granules: Sequence[Granules],
         scores: Sequence[Tensor],
         values: Values,
         evidence: Evidence,
-    ) -> list[Tensor]:
+    ) -> Chooser:
         kept = [lowest([s], [g], 1.0, self.most)[0] for s, g in zip(scores, granules, strict=True)]
-        return [best | (s >= self.value) for best, s in zip(kept, scores, strict=True)]
+        result = [best | (s >= self.value) for best, s in zip(kept, scores, strict=True)]
+        return lambda _share: result

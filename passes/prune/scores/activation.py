@@ -60,7 +60,7 @@ class Activation(Score):
         scores = {
             w: w.layout.by_output((torch.as_tensor(totals[w]) / counts[w]).float()) for w in weights
         }
-        return [one.mean(scores) for one in granules]
+        return [one.mean(scores, makers=True) for one in granules]
 
 
 def _neuron(layer: fx.Node) -> fx.Node:

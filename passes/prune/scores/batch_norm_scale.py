@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from graphopt import ops
@@ -30,11 +31,12 @@ class BatchNormScale(Score):
         self, granules: Sequence[Granules], values: Values, evidence: Evidence
     ) -> list[Tensor]:
         scales = {}
-        for weight in distinct(granules):
+        for weight in distinct(granules):  # those that only read pruned channels need no batch norm
             found = [_scale(evidence.program, node) for node in weight.layers]
             gammas = [gamma.float().abs() for gamma in found if gamma is not None]
-            scales[weight] = weight.layout.by_output(sum(gammas[1:], gammas[0]) / len(gammas))
-        return [one.mean(scales) for one in granules]
+            if gammas:
+                scales[weight] = weight.layout.by_output(torch.stack(gammas).mean(0))
+        return [one.mean(scales, makers=True) for one in granules]
 
     def unfit(self, program: Program, weight: Weight) -> str | None:
         if all(_scale(program, node) is not None for node in weight.layers):

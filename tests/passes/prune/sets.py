@@ -32,7 +32,7 @@ class Sets(Granules):
     def sizes(self) -> Tensor | int:
         return self._sizes
 
-    def mean(self, elements: Mapping[Weight, Tensor]) -> Tensor:
+    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
         raise NotImplementedError
 
     def masks(self, keep: Tensor) -> dict[Weight, Tensor]:

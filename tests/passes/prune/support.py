@@ -39,9 +39,9 @@ def seeded(make: Any, seed: int = 0) -> Any:
         return make()
 
 
-def small_cnn() -> nn.Module:
+def small_cnn() -> nn.Sequential:
     """Convolution, batch norm, ReLU, twice; a linear layer: 16 x 3 x 3 x 3, 16 x 16 x 3 x 3 and 10 x 16 weights."""
-    return seeded(
+    model: nn.Sequential = seeded(
         lambda: nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1, bias=False),
             nn.BatchNorm2d(16),
@@ -54,6 +54,7 @@ def small_cnn() -> nn.Module:
             nn.Linear(16, 10),
         )
     )
+    return model
 
 
 def weights_of(program: go.Program) -> list[Weight]:

@@ -20,7 +20,7 @@ def test_the_count_is_exact_and_no_kept_score_is_lower_than_a_dropped_one(values
     kept = lowest(scores, [Sets(s, 3) for s in scores], share)
     flat, keep = torch.cat(scores), torch.cat(kept)
     dropped = int((~keep).sum())
-    assert dropped == round(round(share * 3 * len(flat)) / 3)
+    assert dropped == round(share * len(flat))
     if 0 < dropped < len(flat):
         assert flat[~keep].max() <= flat[keep].min()
 

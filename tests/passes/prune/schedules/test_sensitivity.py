@@ -1,6 +1,7 @@
 """Who gives how much: the allotment by hand, and on a network whose layers differ."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_the_loss_is_asked_where_there_are_labels():
     x = program.example_inputs[0]
     with torch.no_grad():
         data = [(x, program(x))]
-    options = {"schedule": Sensitivity(0.5, levels=(0.5, 0.9)), "loss": "mse"}
+    options: dict[str, Any] = {"schedule": Sensitivity(0.5, levels=(0.5, 0.9)), "loss": "mse"}
     by_loss = effective(Prune(data=data, **options)(program))
     by_error = effective(Prune(calibration=[x], **options)(program))
     # the squared error of the outputs is the loss here
@@ -114,5 +115,5 @@ def test_options_are_checked(options, message):
 
 
 def test_without_data():
-    with pytest.raises(CalibrationError, match="^prune needs calibration data"):
+    with pytest.raises(CalibrationError, match=r"^prune needs calibration data: "):
         Prune(schedule=Sensitivity())(capture(Two(), 4, 8))

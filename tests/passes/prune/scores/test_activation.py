@@ -71,5 +71,5 @@ def test_without_data():
 
 def test_options_are_checked():
     with pytest.raises(PassError) as caught:
-        Activation("max")
+        Activation("max")  # type: ignore[arg-type]  # the mistake
     assert str(caught.value) == "score activation: statistic must be mean-abs or apoz, not 'max'"

@@ -11,8 +11,8 @@ from tests.passes.prune.support import capture, masks, scores_of, small_cnn
 
 def network():
     model = small_cnn()
-    model[1].weight.data.copy_(torch.linspace(-1, 1, 16))
-    model[4].weight.data.copy_(torch.arange(16.0))
+    model.get_parameter("1.weight").data.copy_(torch.linspace(-1, 1, 16))
+    model.get_parameter("4.weight").data.copy_(torch.arange(16.0))
     return model
 
 
@@ -24,8 +24,9 @@ def test_filters_are_worth_their_scale():
 
 
 def test_transposed_grouped_convolutions():
-    layers = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6))
-    layers[1].weight.data.copy_(torch.arange(6.0))
+    norm = nn.BatchNorm2d(6)
+    norm.weight.data.copy_(torch.arange(6.0))
+    layers = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), norm)
     (scores,) = scores_of(BatchNormScale(), capture(layers, 1, 4, 3, 3), Filter())
     torch.testing.assert_close(scores.flatten(), torch.arange(6.0))
 

@@ -33,4 +33,4 @@ def test_a_block_at_the_edge_is_a_mean_over_what_it_holds():
 
 def test_other_norms_are_refused():
     with pytest.raises(PassError, match=r"^score magnitude: norm must be 1 or 2, not 3$"):
-        Magnitude(3)
+        Magnitude(3)  # type: ignore[arg-type]  # the mistake

@@ -1,6 +1,8 @@
 """``h_kk * w_k**2 / 2``: both estimators of the diagonal against the exact Hessian."""
 
+import functools
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,10 @@ def all_signs(count):
     return [torch.tensor(signs) for signs in product((-1.0, 1.0), repeat=count)]
 
 
+def _shaped(parts, like):
+    return next(parts).reshape(like.shape)
+
+
 def test_by_hand():
     program = capture(linear([[2.0, -1.0, 0.0, 3.0]]), 1, 4)
     x = torch.tensor([[1.0, 2.0, 3.0, -2.0]])
@@ -64,16 +70,11 @@ def test_gauss_newton_is_the_hessian_of_a_relu_network(labels):
     exact = exact_diagonals(program, lambda y: F.cross_entropy(y, labels))
     weights = weights_of(program)
     evidence = Evidence(program, "prune")
-    totals = dict.fromkeys(weights, 0.0)
+    totals: dict[Any, Any] = dict.fromkeys(weights, 0.0)
     patterns = all_signs(2 * 3)
     for signs in patterns:
-        found, terms = _gauss_newton(
-            evidence,
-            weights,
-            program.example_inputs,
-            labels,
-            lambda like, s=signs: s.reshape(like.shape),
-        )
+        signs_of = functools.partial(_shaped, iter([signs]))
+        found, terms = _gauss_newton(evidence, weights, program.example_inputs, labels, signs_of)
         for weight, values in found.items():
             totals[weight] += values / terms / len(patterns)
     for weight in weights:
@@ -88,17 +89,11 @@ def test_hutchinson_is_the_hessian_of_any_network():
     exact = exact_diagonals(program, lambda y: F.mse_loss(y, target))
     weights = weights_of(program)
     evidence = Evidence(program, "prune", loss="mse")
-    totals = dict.fromkeys(weights, 0.0)
+    totals: dict[Any, Any] = dict.fromkeys(weights, 0.0)
     patterns = all_signs(8)
     for pattern in patterns:
-        parts = iter(pattern.split(4))
-        found, _ = _hessian(
-            evidence,
-            weights,
-            program.example_inputs,
-            target,
-            lambda like, p=parts: next(p).reshape(like.shape),
-        )
+        signs_of = functools.partial(_shaped, iter(pattern.split(4)))
+        found, _ = _hessian(evidence, weights, program.example_inputs, target, signs_of)
         for weight, values in found.items():
             totals[weight] += values / len(patterns)
     for weight in weights:
@@ -130,7 +125,7 @@ def test_negative_curvature_counts_as_none():
 def test_a_loss_of_ones_own_needs_the_hessian():
     program = capture(linear([[1.0, 2.0]]), 1, 2)
     data = [(torch.ones(1, 2), torch.zeros(1, 1))]
-    own = {"data": data, "loss": lambda y, t: ((y - t) ** 2).mean()}
+    own: dict[str, Any] = {"data": data, "loss": lambda y, t: ((y - t) ** 2).mean()}
     with pytest.raises(PassError) as caught:
         scores_of(Obd(), program, **own)
     assert str(caught.value) == (

@@ -1,0 +1,202 @@
+"""Channels: removed from the network with everything that makes or reads them, so that it gets smaller and faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphopt import ops
+from graphopt.edit import Edit
+from graphopt.errors import PassError
+from graphopt.passes.prune.channels import CostModel, Group, Member, couple, shrink
+from graphopt.passes.prune.granularities.granularity import Granularity
+from graphopt.passes.prune.granules import Decision, Granules
+from graphopt.passes.prune.layout import LAYERS
+from graphopt.passes.prune.weights import Decline, Selection, Weight, find
+from graphopt.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class Coupled(Granules):
+    """The channels of one group; a channel's elements are its rows and columns of all weights in the group."""
+
+    group: Group
+    members: tuple[tuple[Weight, Member], ...]
+    costs: CostModel = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.group.name
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(dict.fromkeys(weight for weight, _ in self.members))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.group.size,)
+
+    @property
+    def sizes(self) -> Tensor | int:
+        sizes = self._sum({w: torch.ones(w.layout.shape) for w in self.weights}, False).long()
+        return int(sizes[0]) if bool((sizes == sizes[0]).all()) else sizes
+
+    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
+        ones = {w: torch.ones(w.layout.shape) for w in elements}
+        return self._sum(elements, makers) / self._sum(ones, makers).clamp(min=1)
+
+    def _sum(self, elements: Mapping[Weight, Tensor], makers: bool) -> Tensor:
+        total = torch.zeros(self.group.size + 1)  # the last for indices that are not the group's
+        for weight, member in self.members:
+            if weight not in elements or (makers and member.role != "output"):
+                continue
+            values = _along(elements[weight].float(), member)
+            index = torch.where(member.channel >= 0, member.channel, self.group.size)
+            total.index_add_(0, index.flatten(), values.flatten())
+        return total[:-1]
+
+    def masks(self, keep: Tensor) -> dict[Weight, Tensor]:
+        padded = torch.cat([keep.float(), torch.ones(1)])
+        masks = {w: torch.ones(w.layout.shape) for w in self.weights}
+        for weight, member in self.members:
+            _mask(masks[weight], member, padded[member.channel])
+        return masks
+
+
+def _along(values: Tensor, member: Member) -> Tensor:
+    """The sums over everything but the member's axis, in the shape of ``member.channel``."""
+    if member.channel.dim() == 1:
+        return values.movedim(member.axis, 0).flatten(1).sum(1)
+    groups = member.channel.shape[
+        0
+    ]  # [groups, inputs a group]: each group of rows has columns of its own
+    rows = values.reshape(groups, -1, *values.shape[1:])
+    return rows.transpose(1, 2).flatten(2).sum(2)
+
+
+def _mask(mask: Tensor, member: Member, stays: Tensor) -> None:
+    """Multiply in place along the member's axis."""
+    if stays.dim() == 1:
+        mask.movedim(member.axis, -1).mul_(stays)
+    else:
+        rows = mask.view(stays.shape[0], -1, *mask.shape[1:])
+        rows.mul_(stays.reshape(stays.shape[0], 1, -1, *[1] * (mask.dim() - 2)))
+
+
+@dataclass(frozen=True)
+class Channel(Granularity):
+    """Output channels of layers, with the norms on them, the inputs of the layers that read them, and all channels tied to
+    them by residual adds, concatenations, depthwise and grouped convolutions or reshapes (Li et al. 2017, Fang et al. 2023).
+
+    Parameters lose rows and columns: no mask is left. ``of``: what the schedule's sparsity is a share of, the network's
+    multiply-accumulates, its parameters, or each group's channels. ``multiple``: as many channels stay as are a multiple of
+    it, where the group allows it (8 or 16 suit vector units). ``layers`` and ``exclude`` of the pass name the layers that
+    make the channels; a layer that is left out may still lose inputs. Declines channels that the outputs show, or that an
+    operator mixes.
+    """
+
+    name: ClassVar[str] = "channel"
+
+    of: Literal["macs", "parameters", "channels"] = "macs"
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.of not in ("macs", "parameters", "channels"):
+            raise PassError(
+                f"granularity channel: of must be macs, parameters or channels, not {self.of!r}"
+            )
+        if self.multiple < 1:
+            raise PassError(
+                f"granularity channel: multiple must be at least 1, not {self.multiple}"
+            )
+
+    def split(
+        self, program: Program, weights: Sequence[Weight], decline: Decline
+    ) -> list[Granules]:
+        coupling = couple(program)
+        chosen = {node for weight in weights for node in weight.layers}
+        known = {w.name: w for w in find(program, Selection(), lambda _node, _reason: None)}
+        known.update({weight.name: weight for weight in weights})
+        costs = CostModel(coupling)
+        for node, reason in coupling.frozen.items():
+            if node in chosen:
+                decline(node, reason)
+        found: list[Granules] = []
+        for group in coupling.groups:
+            makers = [node for node in group.layers if ops.is_op(node, *LAYERS)]
+            others = [node for node in makers if node not in chosen]
+            if others:
+                for node in makers:
+                    if node in chosen:
+                        decline(node, f"its channels are tied to those of {others[0].name}")
+                continue
+            members = tuple(
+                (known[member.parameter], member)
+                for member in group.members
+                if member.role in ("output", "input") and member.parameter in known
+            )
+            if members:
+                found.append(Coupled(group, members, costs))
+        return found
+
+    def settle(self, decisions: list[Decision]) -> list[Decision]:
+        return [replace(one, keep=self._settled(one)) for one in decisions]
+
+    def _settled(self, decision: Decision) -> Tensor:
+        group = _coupled(decision).group
+        count = group.count(int(decision.keep.sum()), self.multiple)
+        if count >= group.size:
+            return torch.ones(group.size, dtype=torch.bool)
+        keep = torch.zeros(group.size, dtype=torch.bool)
+        keep[group.best(decision.scores, count)] = True
+        return keep
+
+    def removed(self, decisions: Sequence[Decision]) -> float | None:
+        if self.of == "channels" or not decisions:
+            return None
+        costs = _coupled(decisions[0]).costs
+        before, after = costs({}), costs(_kept(decisions))
+        if self.of == "macs":
+            return 1 - after.macs / max(1, before.macs)
+        return 1 - after.parameters / max(1, before.parameters)
+
+    def carry_out(
+        self, edit: Edit, decisions: Sequence[Decision], monotone: bool, everywhere: bool
+    ) -> None:
+        before = _layers(edit)
+        shrink(edit, _kept(decisions))
+        total = sum(one.granules.count for one in decisions)
+        kept = sum(int(one.keep.sum()) for one in decisions)
+        edit.note(f"{total - kept} of {total} free channels in {len(decisions)} groups are removed")
+        for name, (node, parameters, macs) in _layers(edit).items():
+            _, had, cost = before[name]
+            if parameters != had:
+                shape = ops.bind(node)["weight"].meta["val"].shape
+                text = f"weight {' x '.join(map(str, shape))}"
+                edit.layer_changed(node, (had, parameters), (cost, macs), text=text)
+
+
+def _coupled(decision: Decision) -> Coupled:
+    assert isinstance(decision.granules, Coupled)
+    return decision.granules
+
+
+def _kept(decisions: Sequence[Decision]) -> dict[Group, Tensor]:
+    """The channels that stay of every group that loses some."""
+    return {
+        _coupled(one).group: one.keep.nonzero().flatten()
+        for one in decisions
+        if not bool(one.keep.all())
+    }
+
+
+def _layers(edit: Edit) -> dict[str, tuple[fx.Node, int, int]]:
+    """Each layer with the weights it reads and its multiply-accumulates, by name."""
+    return {
+        node.name: (node, ops.bind(node)["weight"].meta["val"].numel(), ops.macs(node))
+        for node in edit.nodes(*LAYERS)
+    }
