@@ -100,12 +100,9 @@ def _groups(edit: Edit, node: fx.Node, a: dict[str, Any], counts: _Counts) -> No
     groups = int(a["groups"])
     if groups == 1:
         return
-    shape = shape_of(a["weight"])
-    source = counts.dims(a["input"])[-(len(shape) - 1)]
-    left = counts.left(source)
-    is_transposed = ops.info(node).kind == "transposed_convolution"  # type: ignore[union-attr]
-    outputs = shape[1] if is_transposed else shape[0] // groups
-    inputs = shape[0] // groups if is_transposed else shape[1]
+    at = 1 - len(shape_of(a["weight"]))  # the channels' axis, with a batch or without
+    left = counts.left(counts.dims(a["input"])[at])
+    inputs, outputs = shape_of(a["input"])[at] // groups, shape_of(node)[at] // groups
     if left is not None and (inputs == 1 or outputs == 1):
         edit.replace_argument(node, "groups", left // inputs)
 

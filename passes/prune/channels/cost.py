@@ -18,7 +18,7 @@ from graphopt.passes.prune.channels.labels import Axis, Dimension, Ids
 
 @dataclass(frozen=True)
 class Cost:
-    """Elements of parameters and buffers, and multiply-accumulates at the example shapes, as ``Program.stats`` counts them."""
+    """Elements of parameters and buffers (pruning masks excepted), and multiply-accumulates at the example shapes, as ``Program.stats`` counts them."""
 
     parameters: int
     macs: int
@@ -64,8 +64,12 @@ class CostModel:
 
 def _parameter_terms(coupling: Coupling) -> list[tuple[int, list[Ids]]]:
     walk, terms = coupling.walk, []
-    nodes = {str(node.target): node for node in coupling.program.graph.find_nodes(op="get_attr")}
+    graph = coupling.program.graph
+    masks = {str(pair[1].target) for node in graph.nodes if (pair := ops.masked(node)) is not None}
+    nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     for name, node in nodes.items():
+        if name in masks:
+            continue
         tensor = coupling.program.tensor(node)
         axes = _named(walk.parameters[id(tensor)])
         if name in walk.per_group:

@@ -130,9 +130,10 @@ def _zero_or_unknown(dimension: Dimension) -> Dimension:
     "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d",
 )  # fmt: skip
 def pool(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
-    """Windows over the last axes; the others pass."""
+    """Windows over the last axes; the others pass, and constants too unless they are averaged with padding."""
     rank = int(str(node.target).split("pool")[1][0])
-    return _over_last(walk, node, walk.dims(a["self"]), rank)
+    padded = "avg" in str(node.target) and any(a.get("padding", (0,)))
+    return _over_last(walk, node, walk.dims(a["self"]), rank, constant=not padded)
 
 
 @rule(
@@ -144,10 +145,13 @@ def resize(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     return _over_last(walk, node, walk.dims(a["input"]), node.meta["val"].dim() - 2)
 
 
-def _over_last(walk: Walk, node: fx.Node, source: Dimensions, rank: int) -> Dimensions:
+def _over_last(
+    walk: Walk, node: fx.Node, source: Dimensions, rank: int, constant: bool = False
+) -> Dimensions:
     for dimension in source[-rank:]:
         walk.freeze(dimension, f"{node.name} slides over it")
-    return [*map(_zero_or_unknown, source[:-rank]), *[Fixed()] * rank]
+    lead = source[:-rank]
+    return [*(lead if constant else map(_zero_or_unknown, lead)), *[Fixed()] * rank]
 
 
 @rule("mean", "sum", "amax.default", "amin.default", "linalg_vector_norm.default", "mean.default")
@@ -160,7 +164,7 @@ def reduce(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     out: Dimensions = []
     for axis, dimension in enumerate(source):
         if axis not in over:
-            out.append(_zero_or_unknown(dimension))
+            out.append(_zero_or_unknown(dimension) if adds else dimension)
             continue
         if isinstance(dimension, Axis):
             if adds:

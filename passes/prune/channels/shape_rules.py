@@ -90,7 +90,7 @@ def flip(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     for axis in a["dims"]:
         dimension = out[axis]
         if isinstance(dimension, Axis):
-            out[axis] = dimension.like(dimension.ids[::-1], dimension.rest[::-1])
+            out[axis] = dimension.like(dimension.ids[::-1].copy(), dimension.rest[::-1].copy())
     return out
 
 

@@ -1,45 +1,41 @@
-"""Masked and shrunk networks made by the two functions under test, under the driver."""
+"""Masked and shrunk networks made by the two functions under test."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import graphopt as go
-from graphopt.contract import Contract
-from graphopt.edit import Edit
+from graphopt.edit import Edit, sweep
 from graphopt.passes.prune import channels
+from graphopt.verify import check_same_interface, verify
 
+Change = Callable[[Edit, dict[channels.Group, Tensor]], None]
 Choice = dict[int, Tensor]  # number of a group -> the channels to keep
 
 
-@dataclass(frozen=True)
-class Apply(go.Pass):
-    """``shrink`` (or ``mask``) with a choice made beforehand."""
-
-    name: ClassVar[str] = "apply-channels"
-    contract: ClassVar[Contract] = go.lossy
-
-    choice: Choice = field(default_factory=dict)
-    masked: bool = False
-
-    def apply(self, edit: Edit) -> None:
-        groups = channels.groups(edit.program)
-        keep = {groups[number]: kept for number, kept in self.choice.items()}
-        (channels.mask if self.masked else channels.shrink)(edit, keep)
-
-
 def masked(program: go.Program, choice: Choice) -> go.Program:
-    return Apply(choice, masked=True)(program)
+    return _applied(program, choice, channels.mask)
 
 
 def shrunk(program: go.Program, choice: Choice) -> go.Program:
-    return Apply(choice)(program)
+    result = _applied(program, choice, channels.shrink)
+    verify(result)
+    check_same_interface(program, result)
+    return result
+
+
+def _applied(program: go.Program, choice: Choice, change: Change) -> go.Program:
+    """What the driver does, without its measurements."""
+    edit = Edit(program.clone(), "prune")
+    groups = channels.groups(edit.program)
+    change(edit, {groups[number]: kept for number, kept in choice.items()})
+    sweep(edit.program)
+    edit.program.graph_module.recompile()
+    return edit.program
 
 
 def draw(groups: tuple[channels.Group, ...] | list[channels.Group], seed: int) -> Choice:

@@ -215,7 +215,9 @@ class Grower(_Grower):
         if self.flip() and height <= 8 and width <= 8:
             self.to_channels(4 * self.choose((2, 3)))
             self.call("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2))
-        elif height % 2 == 0 and width % 2 == 0 and channels <= 8:
+        elif channels <= 8:
+            if height % 2 or width % 2:
+                self.call("pool", lambda x: F.adaptive_max_pool2d(x, 4))
             self.call("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2))
 
     def _native_shuffle(self) -> None:
