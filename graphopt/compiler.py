@@ -35,22 +35,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What ``compile`` did: seconds a stage, the layers that stayed float in a quantized program, with reasons, and what
-    tuning chose."""
+    """What ``compile`` did: seconds a stage, the layers that stayed float in a quantized program, with reasons, what
+    tuning chose, and whether the images of a batch run one by one, and why."""
 
     target: str
     threads: int
     stages: dict[str, float]
     float_layers: tuple[tuple[str, str], ...] = ()
     tuning: TuningReport | None = None
+    image_by_image: bool = False
+    images: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "target": self.target,
             "threads": self.threads,
             "float_layers": [
                 {"node": node, "reason": reason} for node, reason in self.float_layers
             ],
+            "images": self.images,
         }
         return body if self.tuning is None else {**body, "tuning": self.tuning.summary()}
 
@@ -68,7 +71,8 @@ def compile(
     ``target`` is a name of ``graphopt targets`` or "native" (this CPU). ``threads`` is the number the kernels are
     split for (default: the CPUs of this machine). A cost model chooses how kernels are cut; ``tune``, a clock budget like
     "30s", measures other choices first and compiles the winners. A layer whose integer form is slower than its float form on
-    this target stays float; ``artifact.report.float_layers`` says which, and why. ``tuning`` is the file that keeps the measurements (default:
+    this target stays float; ``artifact.report.float_layers`` says which, and why. The images of a batch run one by one where
+    the network treats each alone and that is faster (``artifact.report.images``). ``tuning`` is the file that keeps the measurements (default:
     in the user's cache folder) or a ``Tuning`` with a remote device; without ``tune`` its winners are used as they are.
 
     Raises TargetError for an unknown target, CompileError for a program in training mode or naming the operator that cannot
@@ -76,12 +80,12 @@ def compile(
     """
     row = resolve(target)
     count = thread_count(threads)
+    if is_training(program.graph):
+        raise CompileError("the program is in training mode; call program.eval() before compile")
     if tune is None and tuning is None:
         return _Compiler(program, row, count, None).run()
     from graphopt.tuning.search import Search
 
-    if is_training(program.graph):
-        raise CompileError("the program is in training mode; call program.eval() before compile")
     return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
 
 
@@ -107,6 +111,7 @@ class _Compiler:
         # TVM is imported by the stages below, when they first need it.
         from graphopt.backends.integerize import kept_in_float
         from graphopt.backends.lower.emit import emit
+        from graphopt.backends.lower.images import choose
         from graphopt.backends.lower.module import build_library, export, import_module
         from graphopt.backends.lower.plan import make_plan
         from graphopt.backends.lower.step import Context
@@ -116,11 +121,13 @@ class _Compiler:
         program = self._timed(
             "prepare", lambda: prepare(self.source, isa, self.threads, self._times)
         )
-        choices, tuning = self._choices(program)
-        context = Context(program, isa, self.threads, choices)
-        lowered = self._timed("kernels", lambda: emit(make_plan(program), context))
-        inputs = tuple(pytree.tree_leaves(program.example_inputs))
-        exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
+        images = self._timed("images", lambda: choose(program, isa, self.threads))
+        choices, tuning = self._choices(images.program)
+        context = Context(images.program, isa, self.threads, choices)
+        lowered = self._timed("kernels", lambda: emit(make_plan(images.program), context))
+        inputs = tuple(pytree.tree_leaves(images.program.example_inputs))
+        bounds = images.program.dynamic_batch
+        exported = self._timed("export", lambda: export(lowered, inputs, bounds))
         module, weights = self._timed("import", lambda: import_module(exported))
         weights.update(lowered.stored)
         peaks = [_add_peak(lowered.functions, isa, dtype) for dtype in ("uint8", "float32")]
@@ -128,7 +135,13 @@ class _Compiler:
             "codegen", lambda: build_library(module, lowered.functions, isa.target())
         )
         report = CompileReport(
-            self.target.name, self.threads, self.stages, kept_in_float(program), tuning
+            self.target.name,
+            self.threads,
+            self.stages,
+            kept_in_float(program),
+            tuning,
+            images.alone,
+            images.reason,
         )
         manifest = Manifest(
             target=self.target.name,
@@ -140,6 +153,7 @@ class _Compiler:
             weights=tuple(weights),
             weight_transforms=tuple(lowered.transforms),
             threads=self.threads,
+            image_by_image=images.alone,
             kernels=tuple(lowered.calls),
             peaks=tuple(peaks),
             history=tuple(record.to_json() for record in program.history),
@@ -186,6 +200,7 @@ def prepare(
     from graphopt import ops
     from graphopt.backends.integerize import integerize
     from graphopt.backends.lower.float_fallback import faster_in_float, integer_layers
+    from graphopt.backends.lower.images import choose
     from graphopt.passes import FoldBatchNorm, RemoveIdentities
 
     for pass_ in (RemoveIdentities(), FoldBatchNorm()):
@@ -195,7 +210,7 @@ def prepare(
     ):
         return program
     integer = integerize(program, measure=False)
-    layers = integer_layers(integer)
+    layers = integer_layers(choose(integer, isa, threads).program)
     slower = faster_in_float(layers, isa, threads, times(layers))
     return integerize(program, slower, measure=False) if slower else integer
 

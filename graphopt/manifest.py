@@ -15,7 +15,7 @@ from typing import Any
 
 from graphopt.weights_file import ALIGNMENT
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class ManifestError(ValueError):
@@ -55,7 +55,7 @@ class TensorSpec:
 class Kernel:
     """One call of a kernel, in the order of execution, with the model's layers it came from.
 
-    ``macs`` counts one call at batch 1 of a dynamic batch; ``dtype`` (``int8``, ``float32``) names the
+    ``macs`` counts one call, at batch 1 of a dynamic batch; ``dtype`` (``int8``, ``float32``) names the
     machine peak it is compared with.
     """
 
@@ -87,7 +87,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module. ``weights`` names the arguments of ``entry`` after the inputs, in their order."""
+    """See the module. ``weights`` names the arguments of ``entry`` after the inputs, in their order.
+
+    Where ``image_by_image``, ``entry`` takes one image (dimension 0 of every input is 1) and gives its rows of every
+    output: it is run for each image of a batch, the rows stacked in order.
+    """
 
     target: str
     triple: str
@@ -99,6 +103,7 @@ class Manifest:
     weight_transforms: tuple[WeightTransform, ...] = ()
     entry: str = "main"
     threads: int = 1
+    image_by_image: bool = False
     kernels: tuple[Kernel, ...] = ()
     peaks: tuple[Peak, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from graphopt.batch import image_by_image
 from graphopt.errors import ArtifactError, InputError
 from graphopt.manifest import Dim, Manifest, TensorSpec
 from graphopt.runtime import available_cpus, tvm_runtime, use_threads
@@ -131,9 +132,13 @@ class _Machine:
         self._scratch: tuple[Any, ...] = ()
         self._shapes: list[tuple[int, ...]] | None = None
 
-    def run(self, values: Sequence[Any]) -> list[Array]:
+    def check(self, values: Sequence[Any]) -> list[Array]:
+        """Return the inputs as arrays that the model takes; raises ``InputError``."""
         sizes: dict[str, int] = {}
-        arrays = [take.check(value, sizes) for take, value in zip(self.inputs, values, strict=True)]
+        return [take.check(value, sizes) for take, value in zip(self.inputs, values, strict=True)]
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """Run the code once."""
         tensors = [take.tensor(array) for take, array in zip(self.inputs, arrays, strict=True)]
         if self._allocate is not None:
             self._prepare([array.shape for array in arrays], tensors)
@@ -247,14 +252,20 @@ class Session:
             machine = self._idle.pop()
         except IndexError:
             machine = self._machine()
-        leaves = machine.run(inputs)
+        leaves = self._run(machine, inputs)
         self._idle.append(machine)  # not after an error: its state is unknown then
         return _structured(self.manifest.output_structure, leaves)
+
+    def _run(self, machine: _Machine, inputs: Sequence[Any]) -> list[Array]:
+        arrays = machine.check(inputs)
+        if self.manifest.image_by_image:
+            return image_by_image(machine.run, arrays)
+        return machine.run(arrays)
 
     def run_instrumented(self, instrument: Instrument, *inputs: Any) -> Any:
         """Run the model once on a machine of its own that calls ``instrument`` around every call."""
         use_threads(self.threads)
         machine = self._machine()
         machine.module["set_instrument"](tvm_runtime().convert(instrument))
-        leaves = machine.run(self._positional(inputs, {}))
+        leaves = self._run(machine, self._positional(inputs, {}))
         return _structured(self.manifest.output_structure, leaves)

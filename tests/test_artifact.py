@@ -251,7 +251,7 @@ def test_a_library_that_does_not_inflate_is_refused(
 def test_another_format_version_is_refused_by_name(saved: Path) -> None:
     _edit_manifest(saved, lambda body: body.update(format_version=1))
     assert _refusal(saved) == (
-        "manifest.json: it has format version 1 and this graphopt reads 2; "
+        "manifest.json: it has format version 1 and this graphopt reads 3; "
         "compile the model again, or use the graphopt that made it"
     )
 

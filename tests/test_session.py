@@ -221,6 +221,39 @@ def test_an_instrument_sees_every_kernel_and_may_run_it_itself(session: Session)
     assert compiled.same(result[:2], compiled.expected(x))
 
 
+def _image_by_image() -> Artifact:
+    outputs = compiled.manifest().outputs[:3]
+    structure = {"tuple": [0, 1, 2]}
+    return compiled.artifact(structure, image_by_image=True, outputs=outputs)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_images_are_run_one_by_one(batch: int) -> None:
+    session, x = _image_by_image().session(threads=1), compiled.inputs(batch)
+    seen: list[int] = []
+
+    def instrument(function: Any, name: str, before: bool, _result: Any, *arguments: Any) -> int:
+        if before and name == "matmul":
+            seen.append(arguments[0].shape[0])
+        return 0
+
+    for result in (session(x), session.run_instrumented(instrument, x)):
+        assert compiled.same(result[:2], compiled.expected(x))
+        assert np.array_equal(result[2], x)
+        result[2][...] = 0
+        assert x.any()  # what is returned is the caller's
+    assert seen == [1] * batch
+    with pytest.raises(InputError, match="it must be float32"):
+        session(compiled.inputs(9))
+
+
+def test_an_image_between_two_others_is_read_where_it_is() -> None:
+    x = _aligned(compiled.inputs(3))
+    machine = _image_by_image().session(threads=1)._machine()
+    given = machine.inputs[0].tensor(x[1:2])
+    assert given.data_ptr() == x.ctypes.data + x[0].nbytes
+
+
 _HEADER = """
 import sys, os
 import numpy as np

@@ -71,7 +71,9 @@ def _call_sites(names: Iterable[str], kernels: Sequence[Kernel]) -> list[Kernel]
 
 
 def _batch(manifest: Manifest, inputs: Sequence[Any]) -> int:
-    """Return the size of the dynamic dimension, by which MACs of batch 1 are multiplied."""
+    """Return by what the MACs of a kernel are multiplied: the images that are run one by one, or the dynamic dimension."""
+    if manifest.image_by_image:
+        return len(inputs[0])
     for spec, value in zip(manifest.inputs, inputs, strict=True):
         for declared, size in zip(spec.shape, value.shape, strict=True):
             if isinstance(declared, Dim):
@@ -80,7 +82,7 @@ def _batch(manifest: Manifest, inputs: Sequence[Any]) -> int:
 
 
 def time_kernels(session: Session, inputs: Sequence[Any], runs: int = 20) -> list[KernelTime]:
-    """Return every kernel call in order with its times over ``runs`` runs.
+    """Return every kernel call in order with its times over ``runs`` runs, summed over images that are run one by one.
 
     Raises ``BenchmarkError`` if two runs call different kernels.
     """
@@ -97,8 +99,10 @@ def time_kernels(session: Session, inputs: Sequence[Any], runs: int = 20) -> lis
             )
         names = called
         samples.append([nanoseconds for _, nanoseconds in clock.calls])
-    table = np.array(samples, np.int64).reshape(runs, len(names)) / 1e9
     batch = _batch(session.manifest, inputs)
+    images = batch if session.manifest.image_by_image else 1
+    names = names[: len(names) // images]
+    table = np.array(samples, np.int64).reshape(runs, images, len(names)).sum(axis=1) / 1e9
     sites = _call_sites(names, session.manifest.kernels)
     return [
         KernelTime(

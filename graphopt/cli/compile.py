@@ -104,5 +104,6 @@ def command(
         f"{output}: {size(summary['bytes'])}, target {manifest.target}, "
         f"{len(manifest.kernels)} kernels, {manifest.threads} thread(s)"
     )
+    print(f"images: {artifact.report.images}")
     for node, reason in artifact.report.float_layers:
         print(f"{node} stays float: {reason}")

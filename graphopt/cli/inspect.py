@@ -37,6 +37,8 @@ def command(
     for key in ("target", "features", "threads", "file", "versions"):
         if key in report:
             print(f"{key}: {_line(key, report[key])}")
+    if "images" in report.get("report", {}):
+        print(f"images: {report['report']['images']}")
     print_table("inputs and outputs", ("name", "type"), _ports(report))
     print_table("history", *_history(report["history"]))
     changed = layer_rows(report["history"])[:most]

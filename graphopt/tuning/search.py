@@ -128,8 +128,11 @@ def tune(
 
     Raises ``TuneError``, and ``TargetError`` where neither this machine nor a remote device runs the target's code.
     """
+    from graphopt.backends.lower.images import choose
     from graphopt.backends.x86.isa import ISAS
 
     row, count = resolve(target), thread_count(threads)
     search = Search(row, count, tuning, budget)
-    return search.run(prepare(program, ISAS[row.isa], count, search.compare))[1]
+    isa = ISAS[row.isa]
+    prepared = prepare(program, isa, count, search.compare)
+    return search.run(choose(prepared, isa, count).program)[1]

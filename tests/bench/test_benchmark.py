@@ -54,6 +54,15 @@ def test_a_kernel_called_twice_takes_the_entries_of_its_name_in_turn() -> None:
     assert [row.kernel.layer for row in rows] == ["fc", "", "first"]
 
 
+def test_images_that_are_run_one_by_one_count_together() -> None:
+    outputs = compiled.manifest().outputs[:3]
+    artifact = compiled.artifact({"tuple": [0, 1, 2]}, image_by_image=True, outputs=outputs)
+    rows = time_kernels(artifact.session(threads=1), (compiled.inputs(4),), runs=3)
+    assert [row.kernel.name for row in rows] == ["matmul", "add", "relu"]
+    assert rows[0].macs == 4 * compiled.FEATURES * compiled.OUTPUTS
+    assert rows[0].fastest <= rows[0].seconds
+
+
 def test_the_report_and_its_json_say_the_same(session: Session) -> None:
     report = benchmark(session, compiled.inputs(), runs=5, peaks={"float32": 50.0})
     body = json.loads(json.dumps(report.to_json()))

@@ -46,6 +46,9 @@ def test_compressed_program_compiles_to_the_same_file_as_inline(cli: Cli, nets: 
     report = json.loads(cli("inspect", "q.gopt", "--json").stdout)
     assert "quantize" in [record["pass"] for record in report["history"]]
     assert "int8" in {kernel["dtype"] for kernel in report["kernels"]}
+    images = "images: together: the batch is of one image\n"
+    assert images in cli("inspect", "q.gopt").stdout
+    assert report["report"]["images"] == images.partition(": ")[2].strip()
 
 
 @pytest.mark.parametrize(
