@@ -226,7 +226,21 @@ def propagate(node: fx.Node, mode: FakeTensorMode) -> Any:
         if info is not None and info.kind == "fake_quantize":
             # torch has no fake form: slow, and none at all for symbolic sizes
             return torch.empty_like(args[0])  # type: ignore[arg-type]
+        if info is not None and info.kind == "pad" and _is_symbolic(args[0]):
+            return _padded(args[0], ops.bind(node)["pad"])
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_symbolic(value: Any) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in value.shape)
+
+
+def _padded(value: Any, pad: Sequence[int]) -> Any:
+    """A padded value. torch's own fake form fixes every size of a dynamic one at its example."""
+    sizes = list(value.shape)
+    for axis, widths in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        sizes[-axis] += sum(widths)
+    return value.new_empty(sizes)
 
 
 def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:

@@ -384,3 +384,19 @@ def test_an_open_batch_reads_its_size_from_the_input() -> None:
         x = image(batch, 5, 6, 4, seed=batch)
         with torch.no_grad():
             assert (integer(x) - program(x)).abs().max() < 5e-3
+
+
+def test_padding_leaves_a_dynamic_batch_open() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(nn.functional.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    program = go.capture(Padded().eval(), (image(2, 3, 6, 6),), dynamic_batch=(1, 8))
+    integer = integerize(InsertFakeQuant(calibration=[image(8, 3, 6, 6)])(program))
+    assert isinstance(integer.inputs[0].meta["val"].shape[0], torch.SymInt)
+    assert integer(image(5, 3, 6, 6)).shape == (5, 4, 5, 5)
