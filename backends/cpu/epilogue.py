@@ -6,6 +6,8 @@ sum in float on the integer path, so there is nothing for LLVM to contract.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -131,9 +133,14 @@ def before_pack(
     """An int32 vector of which ``pack_words`` and ``pack_bytes`` make the epilogue's bytes; the residual is the raw vector."""
     first, add = epilogue.requantize, epilogue.residual_add
     assert first is not None
+    if add is None and first.fits:
+        return round_to_int(to_float(accumulator, isa.lanes) * multiplier, isa.lanes)
+    rounded = _round_below(first, accumulator, multiplier, isa.lanes)
     if add is None:
-        return _round_below(first, accumulator, multiplier, isa.lanes)
-    a = bind(requantize(first, accumulator, multiplier, isa.lanes))
+        return rounded
+    # the layer's own zero point goes into the sum's constant
+    a = bind(T.max(rounded, constant("int32", first.qmin - first.zero_point, isa.lanes)))
+    add = replace(add, a_zero_point=add.a_zero_point - first.zero_point)
     b = T.cast(residual, vector("int32", isa.lanes))
     if _rounds_by_adding(add):
         return _round_shifted(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)
@@ -152,7 +159,14 @@ def pack_words(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:
     zero_point, _, _ = _packed_range(epilogue)
     size = 2 * isa.lanes
     words = bind(intrinsic(f"int16x{size}", isa.pack_words, a, b))
-    return words + constant("int16", zero_point, size) if zero_point else words
+    if not zero_point:
+        return words
+    added = constant("int16", zero_point, size)
+    # without an upper bound a word may be the largest there is
+    first, add = epilogue.requantize, epilogue.residual_add
+    if add is None and first is not None and first.fits:
+        return intrinsic(f"int16x{size}", "llvm.sadd.sat", words, added)
+    return words + added
 
 
 def pack_bytes(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:

@@ -38,12 +38,11 @@ class _Kernel:
     """One kernel under construction."""
 
     def __init__(
-        self, workload: Conv2d, isa: Isa, threads: int, stored: int, choice: SparseChoice | None
+        self, workload: Conv2d, isa: Isa, threads: int, choice: SparseChoice | None
     ) -> None:
         self.workload = workload
         self.isa = isa
         self.threads = threads
-        self.stored = stored
         self.name = function_name(workload, isa, threads, choice)
         self.plan = plan_sparse(workload, isa, choice)
         self.integer = workload.x.dtype == "uint8"
@@ -67,14 +66,14 @@ class _Kernel:
             return argument(name, (self.batch, *layout.shape), layout.dtype)
 
         x = activations("x", workload.x)
-        self.values = argument("values", (self.stored,), self.dtype)
+        stored = tirx.Var("stored", "int64")  # layers of one shape share the code, whatever their zeros
+        self.values = argument("values", (stored,), self.dtype)
         self.bias = argument("bias", (plan.rows,), self.dtype)
         self.multiplier = None
         if self.integer:
             self.multiplier = argument("multiplier", (plan.rows,), "float32")
-        self.taps = argument("taps", (self.stored,), "uint16")
+        self.taps = argument("taps", (stored,), "uint16")
         self.starts = argument("starts", (plan.rows + 1,), "int32")
-        self.offsets = argument("offsets", (len(plan.offsets()),), "int32")
         residual = None
         if workload.residual is not None:
             residual = activations("residual", workload.residual)
@@ -154,24 +153,46 @@ class _Kernel:
         places = [(i, j) for i in range(plan.high) for j in range(plan.wide)]
         for place in places:
             sums.set(*place, bias)
-        with T.serial(emit.load(self.starts, row, 1), emit.load(self.starts, row + 1, 1)) as k:
-            tap = T.cast(emit.load(self.taps, k, 1), "int32")
-            x = bind(start + emit.load(self.offsets, tap, 1))
-            weight = self._weight(bind(emit.load(self.values, k, 1)))
+        first = bind(emit.load(self.starts, row, 1))
+        count = bind(emit.load(self.starts, row + 1, 1) - first)
+
+        def step(place: Expr, weight: list[Expr]) -> None:
+            x = bind(start + place * plan.unit)
             for i, j in places:
                 index = x + (i * plan.lines * plan.pitch + j * plan.lanes)
-                total = self._multiply_add(sums.get(i, j), source, index, weight)
-                sums.set(i, j, total)
+                sums.set(i, j, self._multiply_add(sums.get(i, j), source, index, weight))
+
+        with T.serial(0, count >> 1) as pair:
+            k = bind(first + pair * 2)
+            taps = bind(T.reinterpret("uint32", emit.load(self.taps, k, 2)))
+            low, high = self._two_weights(k)
+            step(T.cast(taps & emit.constant("uint32", 0xFFFF), "int32"), low)
+            step(T.cast(taps >> emit.constant("uint32", 16), "int32"), high)
+        with T.If((count & 1) == 1), T.Then():
+            k = bind(first + count - 1)
+            word = emit.load(self.values, k, 1)
+            tap = T.cast(emit.load(self.taps, k, 1), "int32")
+            step(tap, self._weight(emit.broadcast(word, plan.lanes)))
         return [bind(sums.get(*place)) for place in places]
 
-    def _weight(self, word: Expr) -> list[Expr]:
-        """A block as the right operands of the row's products with a vector of pixels."""
+    def _two_weights(self, k: Expr) -> tuple[list[Expr], list[Expr]]:
+        """Two neighbouring blocks by one load: loads are what a step waits for."""
+        lanes = self.plan.lanes
+        both = T.reinterpret("int64", emit.load(self.values, k, 2))
+        words = bind(T.reinterpret(f"{self.dtype}x{lanes}", emit.broadcast(both, lanes // 2)))
+        low, high = (
+            tirx.Shuffle([words], [2 * (i // 2) + odd for i in range(lanes)]) for odd in (0, 1)
+        )
+        return self._weight(low), self._weight(high)
+
+    def _weight(self, words: Expr) -> list[Expr]:
+        """A block in every lane as the right operands of the row's products with a vector of pixels."""
         lanes = self.plan.lanes
         if not self.integer:
-            return [bind(emit.broadcast(word, lanes))]
+            return [bind(words)]
         if self.isa.dot_group == INT8_STEP:
-            return [bind(T.reinterpret(f"int8x{4 * lanes}", emit.broadcast(word, lanes)))]
-        pairs = bind(T.reinterpret(f"int16x{2 * lanes}", emit.broadcast(word, lanes)))
+            return [bind(T.reinterpret(f"int8x{4 * lanes}", words))]
+        pairs = bind(T.reinterpret(f"int16x{2 * lanes}", words))
         eight = emit.constant("int16", 8, 2 * lanes)
         return [bind((pairs << eight) >> eight), bind(pairs >> eight)]
 
@@ -187,8 +208,7 @@ class _Kernel:
 
 
 def sparse(
-    workload: Conv2d, isa: Isa, threads: int, stored: int, choice: SparseChoice | None = None
+    workload: Conv2d, isa: Isa, threads: int, choice: SparseChoice | None = None
 ) -> tvm.tirx.PrimFunc:
-    """The kernel of a workload whose layouts are planar, of ``stored`` blocks: a PrimFunc on ``x``, the arrays of
-    ``pack_sparse``, ``[residual], y``."""
-    return _Kernel(workload, isa, threads, stored, choice).build()
+    """The kernel of a workload whose layouts are planar: a PrimFunc on ``x``, the arrays of ``pack_sparse``, ``[residual], y``."""
+    return _Kernel(workload, isa, threads, choice).build()

@@ -10,14 +10,30 @@ short lines, several of them filling one), so that all taps load aligned vectors
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from graphopt.backends.cpu.isa import Isa
-from graphopt.backends.cpu.workload import PLANE_PIXELS, Conv2d, Layout
+from graphopt.backends.cpu.workload import PLANE_PIXELS, Conv2d
 
 _LEAST_LANES = 8  # SSE4's dot products gain nothing
-_BESIDE_ACCUMULATORS = {32: 14, 16: 7}  # registers of half-packed vectors, a weight, the epilogue
+_MOST_VECTORS = {16: 6, 32: 8}  # by registers: beside a tile stand the half-packed sums of another channel
+_WIDEST_OFFSET = 1 << 16
+_LOAD_CYCLES = 0.6  # a vector from L1
+_L2_LOAD_CYCLES = 1.1
+_L1_SHARE = 1.2  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
+_LATENCY = 3.2  # of a step
+_ROW_CYCLES = 8.0  # a channel of a tile: its loop, its constants
+_EPILOGUE_CYCLES = 1.0  # a vector, mostly beside the products
+_RESIDUAL_CYCLES = 3.5
+_CROWDED_CYCLES = 16.0  # a row of a tile that spills
+_PAGES = 64  # that the first TLB holds beside others
+_PAGE_BYTES = 4096
+_PAGE_CYCLES = 0.3  # a vector
+_GATHER_CYCLES = 1.6  # a vector copied
+_GATHER_LINE_CYCLES = 4.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,11 @@ class SparsePlan:
         """The first plane of the map of a tap column and phase."""
         return (column * len(self.phases) + self.phases.index(phase)) * self.workload.x.planes
 
+    @property
+    def unit(self) -> int:
+        """Pixels that every tap's offset is a multiple of."""
+        return PLANE_PIXELS if self.flat else math.gcd(PLANE_PIXELS, self.pitch)
+
     def offsets(self) -> list[int]:
         """Where tap ``(plane, r, s)``, in that order, reads the tile's first pixel."""
         (kh, kw), (dh, _) = self.workload.kernel, self.workload.dilation
@@ -156,19 +177,94 @@ def _is_flat(workload: Conv2d) -> bool:
     return (workload.kernel, workload.stride, workload.padding) == ((1, 1), (1, 1), (0, 0))
 
 
-def is_planar(layout: Layout) -> bool:
-    return layout.order == "planar"
+def fits(workload: Conv2d, isa: Isa) -> str | None:
+    """Why the kernel cannot compute a convolution on a row, or None."""
+    x, y = workload.x, workload.y
+    if isa.lanes < _LEAST_LANES:
+        return f"{isa.name} has no sparse kernels"
+    if workload.groups != 1:
+        return "it is grouped"
+    if y.height * y.width < isa.lanes // 2:
+        return "a vector holds more pixels than the map has"
+    if x.batch is None and y.batch is not None:
+        return "its batch is made dynamic"
+    plan = plan_sparse(workload, isa)
+    if max(plan.offsets()) // plan.unit >= _WIDEST_OFFSET:
+        return "its input is too large for 16-bit offsets"
+    return None
+
+
+def _candidates(workload: Conv2d, isa: Isa) -> Iterator[SparseChoice]:
+    most = _MOST_VECTORS[isa.registers]
+    y = workload.y
+    if _is_flat(workload):
+        vectors = -(-y.height * y.width // isa.lanes)
+        yield from (SparseChoice(1, wide) for wide in range(1, min(most, vectors) + 1))
+        return
+    lines = max(1, isa.lanes // _pitch(y.width, isa.lanes))
+    across, down = -(-y.width // isa.lanes), -(-y.height // lines)
+    for wide in range(1, min(most, across) + 1):
+        if wide < across <= most and y.width % isa.lanes:
+            continue  # the last tile of a line would load across cache lines
+        for high in range(1, min(most // wide, down) + 1):
+            yield SparseChoice(high, wide)
+            chunks = {y.height // (high * lines) // share for share in (1, 2, 4, 8)}
+            yield from (SparseChoice(high, wide, chunk) for chunk in sorted(chunks) if chunk > 1)
+
+
+def _fits_map(plan: SparsePlan) -> bool:
+    """True where tiles stay in the map; a single one may hold lines more than it has."""
+    return plan.chunk_lines <= plan.height or (plan.chunk == 1 and plan.high * plan.lines < plan.height + plan.lines)
+
+
+def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
+    """Estimated cycles of one image on one thread."""
+    workload, vectors = plan.workload, plan.vectors
+    x, y = workload.x, workload.y
+    kh = workload.kernel[0]
+    maps, lines = 1, plan.high * plan.lines
+    if not plan.flat:
+        maps, lines = plan.maps, lines + (kh - 1) * workload.dilation[0] // workload.stride[0]
+    across = min(plan.wide * plan.lanes, plan.pitch) if not plan.flat else plan.wide * plan.lanes
+    tile_bytes = 4 * x.planes * maps * lines * across
+    hit = min(1.0, _L1_SHARE * isa.l1_bytes / tile_bytes)
+    products = 1 if isa.dot_accumulates or x.dtype == "float32" else 3
+    load = hit * _LOAD_CYCLES + (1 - hit) * _L2_LOAD_CYCLES
+    if 4 * plan.gathered_pixels > _PAGES * _PAGE_BYTES:
+        load += _PAGE_CYCLES
+    step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES)
+    blocks = density * x.planes * kh * workload.kernel[1]
+    epilogue = _EPILOGUE_CYCLES if workload.residual is None else _RESIDUAL_CYCLES
+    row = blocks * step + _ROW_CYCLES + vectors * epilogue
+    if vectors == _MOST_VECTORS[isa.registers] and x.dtype == "uint8":
+        row += _CROWDED_CYCLES
+    tiles = plan.chunks * plan.chunk * plan.tiles_wide
+    cycles = tiles * plan.rows * row
+    if not plan.flat:
+        line = plan.vectors_wide * _GATHER_CYCLES + _GATHER_LINE_CYCLES
+        cycles += plan.chunks * plan.maps * x.planes * plan.gathered_lines * line
+    return cycles
+
+
+_TYPICAL_DENSITY = 0.15  # by which a cut is chosen: one for all layers of a shape, so that they share code
 
 
 def plan_sparse(workload: Conv2d, isa: Isa, choice: SparseChoice | None = None) -> SparsePlan:
     """Cut a convolution, by ``choice`` or else by the cost model."""
     flat = _is_flat(workload)
-    if choice is None:
-        choice = SparseChoice(1, min(7, -(-workload.y.height * workload.y.width // isa.lanes)))
-        if not flat:
-            w = -(-workload.y.width // isa.lanes)
-            wide = min(w, 8)
-            lines = max(1, isa.lanes // _pitch(workload.y.width, isa.lanes))
-            high = max(1, min(8 // wide, -(-workload.y.height // lines)))
-            choice = SparseChoice(high, wide, 1)
-    return SparsePlan(workload, isa.lanes, flat, choice.high, choice.wide, choice.chunk)
+    if choice is not None:
+        return SparsePlan(workload, isa.lanes, flat, choice.high, choice.wide, choice.chunk)
+    plans = (
+        SparsePlan(workload, isa.lanes, flat, c.high, c.wide, c.chunk)
+        for c in _candidates(workload, isa)
+    )
+    most = isa.l2_bytes // 2
+    fitting = [plan for plan in plans if _fits_map(plan)]
+    small = [plan for plan in fitting if 4 * plan.gathered_pixels <= most]
+    least = min(fitting, key=lambda plan: plan.gathered_pixels)
+    return min(small or [least], key=lambda plan: _cycles(plan, isa, _TYPICAL_DENSITY))
+
+
+def estimate(workload: Conv2d, isa: Isa, density: float) -> float:
+    """Estimated cycles of one thread for a share ``density`` of the blocks, cut by the cost model."""
+    return (workload.x.batch or 1) * _cycles(plan_sparse(workload, isa), isa, density)

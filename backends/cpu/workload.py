@@ -110,12 +110,14 @@ class Requantize:
     """``q = zero_point + rint(clamp(float32(acc) * multiplier, qmin - zero_point, qmax - zero_point))``.
 
     ``multiplier`` is float32 per output channel (an argument, not a constant); ``rint`` rounds half to even; the
-    clamp carries ReLU and ReLU6. One product and no sum in float: nothing for a compiler to contract.
+    clamp carries ReLU and ReLU6. One product and no sum in float: nothing for a compiler to contract. ``fits``: no
+    rounded product leaves int32, which the weights prove, so that a kernel may clamp after rounding.
     """
 
     zero_point: int
     qmin: int
     qmax: int
+    fits: bool = False
 
 
 @dataclass(frozen=True)
