@@ -8,7 +8,6 @@ from graphopt.passes.factorize import CpConv as CpConv
 from graphopt.passes.factorize import DepthwiseSeparable as DepthwiseSeparable
 from graphopt.passes.factorize import FlattenedConv as FlattenedConv
 from graphopt.passes.factorize import LowRankLinear as LowRankLinear
-from graphopt.passes.factorize import Rank as Rank
 from graphopt.passes.factorize import SpatialSvd as SpatialSvd
 from graphopt.passes.factorize import TuckerConv as TuckerConv
 from graphopt.passes.fuse import FoldBatchNorm as FoldBatchNorm

@@ -4,7 +4,6 @@ from graphopt.passes.factorize.cp_conv import CpConv
 from graphopt.passes.factorize.depthwise_separable import DepthwiseSeparable
 from graphopt.passes.factorize.flattened_conv import FlattenedConv
 from graphopt.passes.factorize.low_rank_linear import LowRankLinear
-from graphopt.passes.factorize.ranks import Rank
 from graphopt.passes.factorize.spatial_svd import SpatialSvd
 from graphopt.passes.factorize.tucker_conv import TuckerConv
 
@@ -13,7 +12,6 @@ __all__ = [
     "DepthwiseSeparable",
     "FlattenedConv",
     "LowRankLinear",
-    "Rank",
     "SpatialSvd",
     "TuckerConv",
 ]

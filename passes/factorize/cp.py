@@ -16,8 +16,7 @@ from torch import Tensor
 
 MODES = 4
 _RIDGE = 1e-4  # of the energy, for balanced components of equal weight
-_TOLERANCE = 1e-4  # of the error, gained by a sweep
-_FILLER = 1e-3  # size of random components where the start has fewer terms, relative to equal ones
+_TOLERANCE = 3e-4  # of the error, gained by a sweep
 
 
 @dataclass
@@ -45,11 +44,12 @@ def als(tensor: Tensor, start: list[Tensor], sweeps: int) -> Factors:
     second = tensor.permute(0, 2, 3, 4, 1).contiguous()
     ridge = _RIDGE / MODES * (energy / modes[0].shape[2]) ** (1 - 1 / MODES)
     errors = torch.ones_like(energy)
+    grams = [_gram(mode) for mode in modes]
     for _ in range(sweeps):
-        inner = _sweep(first, second, modes, ridge)
-        whole = _overlaps(modes).sum(dim=(1, 2))
+        inner = _sweep(first, second, modes, grams, ridge)
+        whole = _hadamard(grams).sum(dim=(1, 2))
         now = ((energy - 2 * inner + whole) / energy).clamp(min=0)
-        _balance(modes)
+        _balance(modes, grams)
         settled = bool((errors - now <= _TOLERANCE * errors).all())
         errors = now
         if settled:
@@ -57,69 +57,33 @@ def als(tensor: Tensor, start: list[Tensor], sweeps: int) -> Factors:
     return Factors(modes, errors)
 
 
-def terms(tensor: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
-    """The largest ``rank`` terms of each tensor's expansion in orthogonal rank-one tensors: a warm start.
+def _sweep(
+    first: Tensor, second: Tensor, modes: list[Tensor], grams: list[Tensor], ridge: Tensor
+) -> Tensor:
+    """Update each mode and its Gram matrix in turn; the inner products of the tensors with the new approximations."""
 
-    The SVD of the unfolding [a, b * c * d], the SVD of each of its right vectors as [b, c * d], and of each of theirs as
-    [c, d]. Small random terms stand in where there are not enough.
-    """
-    tensor = tensor.double()
-    batch, a, b, c, d = tensor.shape
-    rows = tensor.flatten(2)
-    outer = torch.linalg.eigh(rows @ rows.transpose(1, 2)).eigenvectors  # [batch, a, a]
-    inner = (outer.transpose(1, 2) @ rows).reshape(batch, a, b, c * d)
-    right = torch.linalg.eigh(inner.transpose(2, 3) @ inner).eigenvectors  # [batch, a, c * d, n]
-    second = inner @ right  # [batch, a, b, n]
-    planes = right.transpose(2, 3).reshape(batch, a, c * d, c, d)
-    fourth = torch.linalg.eigh(planes.transpose(3, 4) @ planes).eigenvectors  # [batch, a, n, d, p]
-    third = planes @ fourth  # [batch, a, n, c, p]
-    weights = second.square().sum(dim=2)[..., None] * third.square().sum(dim=3)  # [batch, a, n, p]
-    count = min(rank, weights[0].numel())
-    best = weights.flatten(1).topk(count, dim=1).indices  # [batch, count]
-    i, n, p = torch.unravel_index(best, weights.shape[1:])
-    member = torch.arange(batch)[:, None]
-    found = [
-        outer[member, :, i],
-        second[member, i, :, n],
-        third[member, i, n, :, p],
-        fourth[member, i, n, :, p],
-    ]
-    modes = [factor.transpose(1, 2) for factor in found]
-    if count < rank:
-        size = _FILLER ** (1 / MODES)
-        filler = [size * factor for factor in noise(tensor, rank - count, batch, generator)]
-        modes = [torch.cat(pair, dim=2) for pair in zip(modes, filler, strict=True)]
-    return modes
+    def solve(mode: int, right: Tensor) -> None:
+        """``F (G + ridge I) = right`` for the mode's factor F, G the products of the other modes' components."""
+        system = _hadamard([gram for index, gram in enumerate(grams) if index != mode])
+        system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        root = torch.linalg.cholesky(system)
+        right = right.double().transpose(1, 2)
+        modes[mode] = torch.cholesky_solve(right, root).transpose(1, 2)
+        grams[mode] = _gram(modes[mode])
 
-
-def noise(tensor: Tensor, rank: int, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """Random components whose energies sum to about the tensor's."""
-    energy = tensor.flatten(1).double().square().sum(dim=1).clamp(min=1e-30)
-    size = (energy / rank) ** (1 / (2 * MODES))
-    return [
-        size[:, None, None]
-        * torch.nn.functional.normalize(
-            torch.randn(batch, n, rank, generator=generator, dtype=torch.float64), dim=1
-        )
-        for n in tensor.shape[1:]
-    ]
-
-
-def _sweep(first: Tensor, second: Tensor, modes: list[Tensor], ridge: Tensor) -> Tensor:
-    """Update each mode in turn; the inner products of the tensors with the new approximations."""
     batch, rank = modes[0].shape[0], modes[0].shape[2]
     a, c, d, b = first.shape[1:]
     planes = (modes[2][:, :, None] * modes[3][:, None]).reshape(batch, 1, c * d, rank)
     planes = planes.to(first.dtype)
     partial = _product(first.reshape(-1, a * c * d, b), modes[1]).reshape(batch, a, c * d, rank)
-    modes[0] = _solve((partial * planes).sum(dim=2), modes, 0, ridge)
+    solve(0, (partial * planes).sum(dim=2))
     partial = _product(second.reshape(-1, b * c * d, a), modes[0]).reshape(batch, b, c * d, rank)
-    modes[1] = _solve((partial * planes).sum(dim=2), modes, 1, ridge)
-    small = torch.einsum("nbkr,nbr->nkr", partial, modes[1].to(first.dtype)).double()
-    small = small.reshape(batch, c, d, rank)
-    modes[2] = _solve((small * modes[3][:, None]).sum(dim=2), modes, 2, ridge)
+    solve(1, (partial * planes).sum(dim=2))
+    small = (partial * modes[1][:, :, None].to(first.dtype)).sum(dim=1)
+    small = small.double().reshape(batch, c, d, rank)
+    solve(2, (small * modes[3][:, None]).sum(dim=2))
     right = (small * modes[2][:, :, None]).sum(dim=1)
-    modes[3] = _solve(right, modes, 3, ridge)
+    solve(3, right)
     return (right * modes[3]).sum(dim=(1, 2))
 
 
@@ -133,25 +97,24 @@ def _product(matrix: Tensor, factor: Tensor) -> Tensor:
     return wide.reshape(-1, batch, rank).transpose(0, 1)
 
 
-def _solve(right: Tensor, modes: list[Tensor], mode: int, ridge: Tensor) -> Tensor:
-    """The factor F [batch, size, rank] with ``F (G + ridge I) = right``, G the other modes' overlaps."""
-    system = _overlaps([m for index, m in enumerate(modes) if index != mode])
-    system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    root = torch.linalg.cholesky(system)
-    return torch.cholesky_solve(right.double().transpose(1, 2), root).transpose(1, 2)
+def _gram(mode: Tensor) -> Tensor:
+    """The inner products of a mode's vectors, [batch, rank, rank]."""
+    return mode.transpose(1, 2) @ mode
 
 
-def _overlaps(modes: list[Tensor]) -> Tensor:
-    """``<component r, component s>`` over ``modes``, [batch, rank, rank]."""
-    product = modes[0].transpose(1, 2) @ modes[0]
-    for mode in modes[1:]:
-        product = product * (mode.transpose(1, 2) @ mode)
+def _hadamard(grams: list[Tensor]) -> Tensor:
+    """The inner products of components from those of their vectors."""
+    product = grams[0] * grams[1]
+    for gram in grams[2:]:
+        product *= gram
     return product
 
 
-def _balance(modes: list[Tensor]) -> None:
-    """Let each component's four factors have one norm."""
+def _balance(modes: list[Tensor], grams: list[Tensor] | None = None) -> None:
+    """Let each component's four factors have one norm, and keep the Gram matrices true."""
     norms = [mode.norm(dim=1, keepdim=True).clamp(min=1e-30) for mode in modes]
     mean = torch.stack(norms).log().mean(dim=0).exp()
     for index, norm in enumerate(norms):
         modes[index] = modes[index] * (mean / norm)
+        if grams is not None:
+            grams[index] = grams[index] * (mean / norm) * (mean / norm).transpose(1, 2)

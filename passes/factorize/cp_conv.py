@@ -13,22 +13,25 @@ from torch import Tensor
 
 from graphopt.errors import PassError
 from graphopt.passes.factorize import cp
+from graphopt.passes.factorize.cp_start import Expansion, noise
 from graphopt.passes.factorize.decomposition import Decomposition, Spectrum, Stage, unfold
 from graphopt.passes.factorize.factorize import Factorize, Layer
 from graphopt.passes.factorize.ranks import Array, Ranks
 from graphopt.passes.factorize.vbmf import vbmf_rank
 from graphopt.registry import register
 
-_CURVE = 6  # ranks at which the error is fitted, for a choice among ranks
-_CURVE_SWEEPS = 6
-_TRIAL_SWEEPS = 10
-_SWEEPS = 60
+_CURVE = 4  # ranks at which the error is fitted for a choice among all
+_CURVE_MOST = 512  # the largest of them: the time of a fit grows with the rank's cube
+_CURVE_SWEEPS = 5
+_TRIAL_SWEEPS = 5
+_SWEEPS = 100
 
 
 class _Polyadic(Decomposition):
     """``W[o, i, t] = sum_r A[o, r] B[i, r] C[t, r]``; with ``separable``, C of 2 axes is an outer product again.
 
-    The error at a rank is known only once it is fitted: it is fitted at a few and interpolated between them.
+    The error at a rank is known only once it is fitted. A choice among ranks goes by the error of the warm start, known at
+    all of them, times what fitting gains, which varies slowly and is measured at a few.
     """
 
     def __init__(self, weight: Tensor, seed: int, separable: bool, restarts: int) -> None:
@@ -39,6 +42,7 @@ class _Polyadic(Decomposition):
         outputs, inputs, *taps = weight.shape
         sizes = taps if self._split else [math.prod(taps), 1]
         self._tensor = weight.reshape(1, outputs, inputs, *sizes).float()
+        self._expansion = Expansion(self._tensor)
 
     @property
     def full(self) -> Ranks:
@@ -71,9 +75,17 @@ class _Polyadic(Decomposition):
 
     def errors(self, ranks: Sequence[Ranks]) -> Array:
         wanted = np.array(ranks)[:, 0]
-        grid = np.unique(np.geomspace(wanted[0], wanted[-1], _CURVE).round().astype(int))
-        found = [float(cp.als(self._tensor, self._start(r), _CURVE_SWEEPS).errors) for r in grid]
-        errors: Array = np.interp(wanted, grid, np.minimum.accumulate(found))
+        tails = self._expansion.tails()[0].numpy()
+        expanded = tails[np.minimum(wanted, len(tails) - 1)]
+        most = max(wanted[0], min(wanted[-1], _CURVE_MOST))
+        grid = np.unique(np.geomspace(wanted[0], most, _CURVE).round().astype(int))
+        fits = [cp.als(self._tensor, self._start(r), _CURVE_SWEEPS) for r in grid.tolist()]
+        gains = [
+            float(fit.errors) / max(tails[min(r, len(tails) - 1)], 1e-12)
+            for r, fit in zip(grid.tolist(), fits, strict=True)
+        ]
+        gain = np.interp(np.log(wanted), np.log(grid), np.minimum(gains, 1.0))
+        errors: Array = np.minimum.accumulate(gain * expanded)
         return errors
 
     def signal_ranks(self) -> Ranks:
@@ -81,20 +93,18 @@ class _Polyadic(Decomposition):
         unfoldings = [unfold(self.weight, axis) for axis in (0, 1)]
         return (max(vbmf_rank(Spectrum(m, wide=True).values, *m.shape) for m in unfoldings),)
 
-    def _start(self, rank: int, by_inputs: bool = False) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self._seed)
-        if not by_inputs:
-            return cp.terms(self._tensor, rank, generator)
-        a, b, *others = cp.terms(self._tensor.transpose(1, 2), rank, generator)
-        return [b, a, *others]
+    def _start(self, rank: int) -> list[Tensor]:
+        return self._expansion.start(rank, torch.Generator().manual_seed(self._seed))
 
     def _fit(self, rank: int) -> cp.Factors:
-        """The best of several starts after a few sweeps, refined: from both expansions in SVDs, then random ones."""
+        """The best of several starts after a few sweeps, refined: SVDs from the outputs, from the inputs, then noise."""
         generator = torch.Generator().manual_seed(self._seed)
-        starts = [self._start(rank), self._start(rank, by_inputs=True)][: self._restarts]
-        starts += [
-            cp.noise(self._tensor, rank, 1, generator) for _ in range(self._restarts - len(starts))
-        ]
+        starts = [self._start(rank)]
+        if self._restarts > 1:
+            a, b, *others = Expansion(self._tensor.transpose(1, 2)).start(rank, generator)
+            starts.append([b, a, *others])
+        for _ in range(2, self._restarts):
+            starts.append(noise(self._tensor, rank, generator))
         together = [torch.cat(modes) for modes in zip(*starts, strict=True)]
         tried = cp.als(self._tensor, together, _TRIAL_SWEEPS)
         best = tried.pick(tried.errors.argmin()[None])
@@ -107,7 +117,7 @@ class CpConv(Factorize):
     """Factor a k x l convolution into 1 x 1, depthwise k x 1, depthwise 1 x l and 1 x 1 (Lebedev et al. 2015).
 
     ``W[o, i, y, x] ~= sum_r A[o, r] B[i, r] C[y, r] D[x, r]``: canonical polyadic decomposition by alternating least
-    squares. It starts from two expansions in singular vectors and ``restarts - 2`` random ones, keeps the best after 10
+    squares. It starts from two expansions in singular vectors and ``restarts - 2`` random ones, keeps the best after 5
     sweeps and refines it; a ridge and balanced norms keep components from growing against each other. Without
     ``separable`` the two middle stages are one depthwise k x l convolution: more MACs, one kernel less.
     Declines 1 x 1 kernels, groups, weights that are shared, computed, masked or fake-quantized, and ranks at which MACs or

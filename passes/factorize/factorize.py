@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from graphopt import ops
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Build, Edit
+from graphopt.errors import PassError
 from graphopt.passes import layer as layers_of
 from graphopt.passes.factorize.decomposition import Decomposition, Stage, compose, relative
 from graphopt.passes.factorize.ranks import Array, Cost, Rank, Ranks, RankSpec, rank_text
@@ -77,7 +78,7 @@ class Candidate:
 class Factorize(Pass):
     """A layer becomes a chain of cheaper ones. Subclasses say of which operators, and how a weight is decomposed.
 
-    ``rank`` as in ``Rank``; ``layers`` and ``exclude`` name layers (operators, globs of node names or module paths).
+    ``rank`` is a number, "vbmf", {"energy": 0.9}, {"macs": 0.5} or {"parameters": 0.5}, as in ``ranks.Rank``; ``layers`` and ``exclude`` name layers (operators, globs of node names or module paths).
     With ``calibration``, an iterable of input batches, the error is that of each layer's output on the data: the
     decomposition sees weights whitened by the inputs' covariance, the last factor is fitted to the outputs, and the bias
     takes up the mean error. ``rows`` positions of each layer are kept for that.
@@ -94,7 +95,12 @@ class Factorize(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        Rank.of(self.rank)
+        try:
+            Rank.of(self.rank)
+        except PassError as error:
+            raise PassError(f"{self.name}: {error}") from error
+        if self.rows < 1:
+            raise PassError(f"{self.name}: rows must be at least 1, not {self.rows}")
 
     def unfit(self, layer: Layer) -> str | None:
         """Why this factorization does not apply to a layer, or None."""

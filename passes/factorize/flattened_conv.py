@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.factorize import cp
+from graphopt.passes.factorize.cp_start import Expansion, noise
 from graphopt.passes.factorize.decomposition import Decomposition, Stage
 from graphopt.passes.factorize.factorize import Factorize, Layer
 from graphopt.passes.factorize.ranks import Array, Ranks, RankSpec
@@ -77,18 +78,15 @@ class _Filters(Decomposition):
     def _fit(self, rank: int) -> cp.Factors:
         if rank not in self._fits:
             generator = torch.Generator().manual_seed(self._seed)
-            count = len(self._tensor)
-            starts = [cp.terms(self._tensor, rank, generator)]
-            for _ in range(1, _RESTARTS):
-                starts.append(cp.noise(self._tensor, rank, count, generator))
+            starts = [Expansion(self._tensor).start(rank, generator)]
+            starts += [noise(self._tensor, rank, generator) for _ in range(1, _RESTARTS)]
             fits = [cp.als(self._tensor, start, _SWEEPS) for start in starts]
             best = torch.stack([fit.errors for fit in fits]).argmin(dim=0)
-            stacked = [torch.stack(modes) for modes in zip(*(f.modes for f in fits), strict=True)]
-            member = torch.arange(count)
-            errors = torch.stack([fit.errors for fit in fits])
-            self._fits[rank] = cp.Factors(
-                [mode[best, member] for mode in stacked], errors[best, member]
+            together = cp.Factors(
+                [torch.cat(modes) for modes in zip(*(fit.modes for fit in fits), strict=True)],
+                torch.cat([fit.errors for fit in fits]),
             )
+            self._fits[rank] = together.pick(best * len(best) + torch.arange(len(best)))
         return self._fits[rank]
 
 

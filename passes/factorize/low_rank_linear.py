@@ -42,7 +42,8 @@ class _Matrix(Decomposition):
         ]
 
     def errors(self, ranks: Sequence[Ranks]) -> Array:
-        return self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
+        lost: Array = self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
+        return lost
 
     def signal_ranks(self) -> Ranks:
         return (vbmf_rank(self._spectrum.values, *self._spectrum.matrix.shape),)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from graphopt.errors import PassError
 
 Ranks: TypeAlias = tuple[int, ...]
+RankSpec: TypeAlias = int | str | dict[str, Any]  # as a recipe spells it, and Python alike
 Array = npt.NDArray[np.float64]
 _MULTIPLES = ((64, 16), (32, 8), (16, 4))  # of a rank, from this full rank on: whole vectors
 
@@ -59,7 +60,7 @@ class Rank:
     its output's, with calibration). ``macs``, ``parameters``: the share of the whole network's that may remain.
     ``vbmf``: what variational Bayes tells from noise. Ranks that are not fixed are multiples of ``multiple``; 0 stands for
     16 in layers of full rank 64 and more, for 8 from 32 on, 4 from 16 on, and 1 below.
-    In a recipe: ``rank: 16``, ``rank: vbmf``, ``rank: {energy: 0.9}``, ``rank: {macs: 0.5, multiple: 8}``.
+    Spelled ``rank: 16``, ``rank: vbmf``, ``rank: {energy: 0.9}``, ``rank: {macs: 0.5, multiple: 8}``.
     """
 
     fixed: int | None = None
@@ -70,7 +71,7 @@ class Rank:
     multiple: int = 0
 
     def __post_init__(self) -> None:
-        given = [name for name in _WAYS if getattr(self, name) not in (None, False)]
+        given = [n for n in _WAYS if getattr(self, n) is not None and getattr(self, n) is not False]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none is given"
             raise PassError(f"a rank is chosen by one of {', '.join(_WAYS)}; {what}")
@@ -90,8 +91,6 @@ class Rank:
     @classmethod
     def of(cls, value: RankSpec) -> Rank:
         """From ``16``, ``"vbmf"`` or ``{"energy": 0.9}``. Raises PassError for anything else."""
-        if isinstance(value, Rank):
-            return value
         if value == "vbmf":
             return cls(vbmf=True)
         if isinstance(value, dict) and set(value) <= {field.name for field in fields(cls)}:
@@ -171,7 +170,6 @@ class Rank:
 
 
 _WAYS = tuple(field.name for field in fields(Rank) if field.name != "multiple")
-RankSpec: TypeAlias = int | str | dict[str, Any] | Rank
 
 
 def growth(candidate: Candidate, ranks: Ranks) -> str | None:

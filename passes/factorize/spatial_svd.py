@@ -46,7 +46,8 @@ class _Separable(Decomposition):
         return [first.T.reshape(vertical.shape), horizontal]
 
     def errors(self, ranks: Sequence[Ranks]) -> Array:
-        return self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
+        lost: Array = self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
+        return lost
 
     def signal_ranks(self) -> Ranks:
         return (vbmf_rank(self._spectrum.values, *self._spectrum.matrix.shape),)

@@ -21,7 +21,7 @@ def check(module, *shape):
     program = capture(lambda m, x: m.a(x), *shape, a=module)
     node = layer_of(program)
     (x,) = program.example_inputs
-    seen = []
+    seen: list[torch.Tensor] = []
     watch(Edit(program, "p"), [node], [x], lambda _, *values: seen.extend(values))
     given_to_layer, y = seen  # capture pads uneven margins before the layer
     rows = patches(node, given_to_layer, torch.arange(positions(node, y)))
