@@ -72,6 +72,11 @@ class Prune(Pass):
         if self.min_weights < 1:
             raise PassError(f"prune: min_weights must be at least 1, not {self.min_weights}")
         self.choices()
+        if isinstance(self.schedule, Gradual) and not self.granularity.masks:
+            raise PassError(
+                f"prune: schedule gradual moves masks, and granularity {self.granularity.name} leaves none; "
+                "prune channels in several runs with training between them"
+            )
 
     def choices(self) -> Choices:
         """The choices, the schedule's sparsity settled by the granularity's."""

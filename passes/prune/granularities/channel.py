@@ -100,6 +100,7 @@ class Channel(Granularity):
     """
 
     name: ClassVar[str] = "channel"
+    masks: ClassVar[bool] = False
 
     of: Literal["macs", "parameters", "channels"] = "macs"
     multiple: int = 1
@@ -126,7 +127,7 @@ class Channel(Granularity):
             if node in chosen:
                 decline(node, reason)
         found: list[Granules] = []
-        for group in coupling.groups:
+        for group in sorted(coupling.groups, key=lambda group: min(group.layers)):
             makers = [node for node in group.layers if ops.is_op(node, *LAYERS)]
             others = [node for node in makers if node not in chosen]
             if others:

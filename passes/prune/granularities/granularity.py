@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +17,12 @@ from graphopt.program import Program
 
 
 class Granularity(Choice):
-    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class."""
+    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class.
+
+    ``masks``: the weights keep their shapes and get masks.
+    """
+
+    masks: ClassVar[bool] = True
 
     def sparsity(self) -> float | None:
         """The share that the pattern itself prunes (N:M), or None where it is the schedule's choice."""
