@@ -114,7 +114,8 @@ class Spectrum:
     @property
     def values(self) -> Tensor:
         """The singular values, descending."""
-        return self.squares.sqrt()
+        values: Tensor = self.squares.sqrt()
+        return values
 
     def tails(self) -> Array:
         """What is lost at rank 0, 1, ...: the sums of the squares from there on."""
@@ -124,7 +125,8 @@ class Spectrum:
     def left(self, rank: int) -> Tensor:
         """The leading left singular vectors [rows, rank], where the rows' Gram matrix was taken."""
         assert self._wide
-        return self._vectors[:, :rank]
+        leading: Tensor = self._vectors[:, :rank]
+        return leading
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """``A`` [rows, rank] and ``B`` [rank, columns] with ``A B`` the best approximation and columns of equal norms."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -67,7 +67,7 @@ class Candidate:
         stages = self.decomposition.stages(ranks)
         return Cost(sum(math.prod(s.shape) for s in stages), self.layer.macs(stages))
 
-    def errors(self, ranks: list[Ranks]) -> Array:
+    def errors(self, ranks: Sequence[Ranks]) -> Array:
         return self.decomposition.errors(ranks)
 
     def signal_ranks(self) -> Ranks:
@@ -202,7 +202,8 @@ def _chain(
 ) -> fx.Node:
     """The nodes of a chain; the last one carries the bias."""
     arguments = ops.bind(node)
-    weight, value = arguments["weight"], arguments["input"]
+    weight = arguments["weight"]
+    value: fx.Node = arguments["input"]
     for index, (stage, factor) in enumerate(zip(stages, factors, strict=True)):
         tensor = factor.to(weight.meta["val"].dtype).contiguous()
         parameter = build.parameter(f"{weight.target}{FACTOR}{stage.name}", tensor)

@@ -34,7 +34,7 @@ class Activations:
     def unwhiten(self, factor: Tensor) -> Tensor:
         """``F S^-1``: a factor [rank, in, taps...] that read whitened channels reads the layer's own."""
         moved = factor.movedim(1, -1)
-        solved = torch.linalg.solve_triangular(
+        solved: Tensor = torch.linalg.solve_triangular(
             self._root, moved.reshape(-1, moved.shape[-1]), upper=False, left=False
         )
         return solved.reshape(moved.shape).movedim(-1, 1)
@@ -85,4 +85,5 @@ class Activations:
         taps = self.rows.reshape(len(self.rows), inputs, -1)
         covariance = torch.einsum("nit,njt->ij", taps, taps).double() / taps[:, 0].numel()
         covariance.diagonal().add_(_RIDGE * float(covariance.diagonal().mean()) + 1e-12)
-        return torch.linalg.cholesky(covariance)
+        root: Tensor = torch.linalg.cholesky(covariance)
+        return root

@@ -58,7 +58,8 @@ def test_components_do_not_grow_against_each_other():
     """``a o a o b + a o b o a + b o a o a`` has rank 3 and approximations of rank 2 of any accuracy and any norm."""
     a, b = torch.eye(2, dtype=torch.float64)
     terms = [(a, a, b), (a, b, a), (b, a, a)]
-    tensor = sum(torch.einsum("i,j,k->ijk", *term) for term in terms).reshape(1, 2, 2, 2, 1)
+    parts = [torch.einsum("i,j,k->ijk", *term) for term in terms]
+    tensor = torch.stack(parts).sum(dim=0).reshape(1, 2, 2, 2, 1)
     found = als(tensor, noise(tensor, 2, torch.Generator().manual_seed(0)), 3000)
     norms = torch.stack([mode.norm(dim=1) for mode in found.modes]).prod(dim=0)
     assert float(found.errors) < 0.1
