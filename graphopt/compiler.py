@@ -194,16 +194,16 @@ def prepare(
     threads: int,
     times: Callable[[Mapping[str, Rivals]], Mapping[str, Times]],
 ) -> Program:
-    """The program that is really compiled: identities removed, batch norm folded, integer where quantized, unless float is
+    """The program that is really compiled: identities removed, masks applied, batch norm folded, integer where quantized, unless float is
     faster: ``times`` says what was measured of these layers.
     """
     from graphopt import ops
     from graphopt.backends.integerize import integerize
     from graphopt.backends.lower.float_fallback import faster_in_float, integer_layers
     from graphopt.backends.lower.images import choose
-    from graphopt.passes import FoldBatchNorm, RemoveIdentities
+    from graphopt.passes import ApplyMasks, FoldBatchNorm, RemoveIdentities
 
-    for pass_ in (RemoveIdentities(), FoldBatchNorm()):
+    for pass_ in (RemoveIdentities(), ApplyMasks(), FoldBatchNorm()):
         program = pass_(program)
     if not any(
         op is not None and op.kind == "fake_quantize" for op in map(ops.info, program.graph.nodes)
