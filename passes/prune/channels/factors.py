@@ -106,10 +106,15 @@ def _out(
     inside = [carried[cut] for cut in run[:-1] if cut in carried]
     if not inside:
         return Fixed(next((reasons[cut] for cut in run[:-1] if cut in reasons), None))
-    if len(inside) > 1 or clashing.intersection(run[1:]):
+    unfit = ""
+    if clashing.intersection(run[1:]):
+        unfit = f"{node.name} splits it unevenly"
+    elif len(inside) > 1:
+        unfit = f"{node.name} joins it with other channels"
+    if unfit:
         for axis in inside:
-            walk.freeze(axis, f"{node.name} joins it with other channels")
-        return Fixed(f"{node.name} joins it with other channels")
+            walk.freeze(axis, unfit)
+        return Fixed(unfit)
     factors = [high // low for low, high in pairwise(run)][::-1]
     place = next(k for k, cut in enumerate(run[:-1][::-1]) if cut in carried)
     if len(factors) == 1:

@@ -91,7 +91,9 @@ def _joined(classes: Classes, part: Ids, blocks: list[Ids]) -> Ids:
     for block in blocks:
         nx.add_path(graph, np.unique(part[block >= 0]).tolist())
     group_of = np.full(int(part.max(initial=0)) + 1, -1, np.int64)
-    for number, joined in enumerate(nx.connected_components(graph)):
+    first = dict(zip(part[free[::-1]].tolist(), free[::-1].tolist(), strict=True))
+    components = sorted(nx.connected_components(graph), key=lambda c: min(first[p] for p in c))
+    for number, joined in enumerate(components):
         group_of[list(joined)] = number
     return np.where(classes.cause < 0, group_of[part], -1) if classes.number else part
 

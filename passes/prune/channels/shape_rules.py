@@ -66,6 +66,12 @@ def transpose(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     return out
 
 
+@rule("mT")
+def matrix_transpose(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
+    *lead, rows, columns = walk.dims(a["self"])
+    return [*lead, columns, rows]
+
+
 @rule("t")
 def t(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     return walk.dims(a["self"])[::-1]

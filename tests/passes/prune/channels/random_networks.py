@@ -150,7 +150,11 @@ class Grower(_Grower):
     def _balanced(self) -> None:
         """Groups of several inputs and several outputs."""
         groups = self.choose((2, 3, 4))
-        self.to_channels(groups * self.choose((2, 3, 4)))
+        if self.flip(0.4):
+            groups = 2
+            self.side_by_side(self.choose((2, 4)), 4)
+        else:
+            self.to_channels(groups * self.choose((2, 3, 4)))
         outputs = groups * self.choose((2, 3, 4))
         self.layer(
             "conv",
@@ -160,6 +164,14 @@ class Grower(_Grower):
             self._batch_norm()
         if self.flip():
             self._shuffle()
+
+    def side_by_side(self, number: int, channels: int) -> None:
+        """Several convolutions of one value, joined."""
+        here, made = self.latest, []
+        for _ in range(number):
+            self.step("conv", [here], nn.Conv2d(self.values[here].shape[1], channels, 1))
+            made.append(self.latest)
+        self.step("concat", made, lambda *xs: torch.cat(xs, 1))
 
     def _norm(self) -> None:
         channels = self.channels()
@@ -215,7 +227,7 @@ class Grower(_Grower):
         if self.flip() and height <= 8 and width <= 8:
             self.to_channels(4 * self.choose((2, 3)))
             self.call("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2))
-        elif channels <= 8:
+        elif channels <= 12:
             if height % 2 or width % 2:
                 self.call("pool", lambda x: F.adaptive_max_pool2d(x, 4))
             self.call("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2))
@@ -343,7 +355,7 @@ def random_network(seed: int, kinds: Sequence[str] = KINDS) -> tuple[RandomModel
     x = torch.randn(shape, generator=generator)
     grower = Grower(rng, RandomModel(), [x], kinds, generator=generator)
     grower.to_channels(int(rng.choice([4, 6, 8, 12])))
-    for _ in range(int(rng.integers(2, 7))):
+    for _ in range(int(rng.integers(3, 9))):
         if grower.channels() > _MOST or grower.values[grower.latest].numel() > 4096:
             grower.to_channels(8)
             grower.call("pool", lambda x: F.adaptive_avg_pool2d(x, 4))

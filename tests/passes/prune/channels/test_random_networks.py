@@ -24,7 +24,7 @@ TOLERANCE = 1e-10
 
 WANTED = (
     "conv2d", "conv_transpose2d", "linear", "matmul", "einsum", "scaled_dot_product_attention", "batch_norm",
-    "instance_norm", "group_norm", "add", "mul", "sigmoid", "relu", "prelu", "glu", "cat", "stack", "split", "reshape",
+    "instance_norm", "group_norm", "add", "mul", "sigmoid", "relu", "prelu", "glu", "cat", "stack", "split_with_sizes", "reshape",
     "permute", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "max_pool2d", "mean",
 )  # fmt: skip
 
