@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -75,9 +76,26 @@ def _check_contract(pass_: Pass, before: go.Program, after: go.Program) -> None:
     with torch.no_grad():
         inputs = pytree.tree_map_only(torch.Tensor, _another, before.example_inputs)
         error = difference(before(*inputs), after(*inputs))
-    assert contract.allows(error), (
+        if contract.allows(error):
+            return
+        excess = _beyond_rounding(before, after, inputs) if contract.kind == "within" else error
+    assert contract.allows(excess), (
         f"{pass_.name} promises {contract}, moved an unseen input by {error:.3g}"
     )
+
+
+def _beyond_rounding(before: go.Program, after: go.Program, inputs: tuple[Any, ...]) -> float:
+    """How much further from ``before`` in float64 the result is than ``before`` itself.
+
+    A network that rounds by more than the contract (menet108 by 4.5e-4) moves by as much when its sums change their order.
+    """
+    exact = copy.deepcopy(before.graph_module).double()
+    wanted = exact(*pytree.tree_map_only(torch.Tensor, _double, inputs))
+    return difference(wanted, after(*inputs)) - difference(wanted, before(*inputs))
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _another(tensor: torch.Tensor) -> Any:
