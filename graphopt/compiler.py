@@ -147,7 +147,7 @@ class _Compiler:
             target=self.target.name,
             triple=self.target.triple,
             features=tuple(sorted(self.target.features)),
-            inputs=tuple(_input_spec(node, program, lowered.unaligned) for node in program.inputs),
+            inputs=_input_specs(program, lowered.unaligned),
             outputs=tuple(_output_specs(program)),
             output_structure=_structure(program),
             weights=tuple(weights),
@@ -251,11 +251,16 @@ def _spec(node: Any, program: Program) -> TensorSpec:
     return TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape)
 
 
-def _input_spec(node: Any, program: Program, unaligned: frozenset[str]) -> TensorSpec:
-    spec = _spec(node, program)
-    if spec.name not in unaligned:
-        return spec
-    return dataclasses.replace(spec, alignment=node.meta["val"].element_size())
+def _input_specs(program: Program, unaligned: frozenset[str]) -> tuple[TensorSpec, ...]:
+    from graphopt.index_bounds import index_bounds
+
+    rows, specs = index_bounds(program), []
+    for node in program.inputs:
+        spec = dataclasses.replace(_spec(node, program), below=rows.get(node.name))
+        if spec.name in unaligned:
+            spec = dataclasses.replace(spec, alignment=node.meta["val"].element_size())
+        specs.append(spec)
+    return tuple(specs)
 
 
 def _output_specs(program: Program) -> list[TensorSpec]:

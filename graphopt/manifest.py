@@ -38,17 +38,20 @@ class Dim:
 class TensorSpec:
     """Name, NumPy dtype and shape of an input, an output or a scratch tensor.
 
-    An input is read where it is if its data begins at a multiple of ``alignment`` bytes.
+    An input is read where it is if its data begins at a multiple of ``alignment`` bytes. Where ``below`` is set its
+    values are indices that compiled code does not check, from 0 on and below it.
     """
 
     name: str
     dtype: str
     shape: tuple[int | Dim, ...]
     alignment: int = ALIGNMENT
+    below: int | None = None
 
     def describe(self) -> str:
-        """``float32 [batch in 1..8, 3, 224, 224]``."""
-        return f"{self.dtype} [{', '.join(str(size) for size in self.shape)}]"
+        """``float32 [batch in 1..8, 3, 224, 224]``, or ``int64 [1, 128] of 0..30521``."""
+        values = "" if self.below is None else f" of 0..{self.below - 1}"
+        return f"{self.dtype} [{', '.join(str(size) for size in self.shape)}]{values}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy as np
 
 from graphopt.batch import image_by_image
 from graphopt.errors import ArtifactError, InputError
-from graphopt.manifest import Dim, Manifest, TensorSpec
+from graphopt.manifest import Dim, Manifest, TensorSpec, WeightTransform
+from graphopt.pages import empty_together
 from graphopt.runtime import available_cpus, tvm_runtime, use_threads
 from graphopt.weights_file import ALIGNMENT, aligned_empty, is_aligned
 
@@ -85,12 +86,19 @@ class _Input:
             raise self._refuse(f"cannot be read through DLPack ({error})") from error
 
     def check(self, value: Any, sizes: dict[str, int]) -> Array:
-        """Return ``value`` as an array of the declared dtype and shape; raises ``InputError``."""
+        """Return ``value`` as an array of the declared dtype, shape and indices; raises ``InputError``."""
         array = self._array(value)
         if array.dtype != self.dtype:
             raise self._refuse(f"has dtype {array.dtype}")
-        if self.fixed and array.shape == self.spec.shape:
-            return array
+        if not (self.fixed and array.shape == self.spec.shape):
+            self._check_shape(array, sizes)
+        if self.spec.below is not None and array.size:
+            low, high = array.min(), array.max()
+            if low < 0 or high >= self.spec.below:
+                raise self._refuse(f"holds {low if low < 0 else high}")
+        return array
+
+    def _check_shape(self, array: Array, sizes: dict[str, int]) -> None:
         if array.ndim != len(self.spec.shape):
             raise self._refuse(f"has {array.ndim} dimensions")
         for size, declared in zip(array.shape, self.spec.shape, strict=True):
@@ -102,7 +110,6 @@ class _Input:
                 matches = matches and sizes.setdefault(declared.symbol, size) == size
             if not matches:
                 raise self._refuse(f"has shape {list(array.shape)}")
-        return array
 
     def tensor(self, array: Array) -> Any:
         """Return a TVM tensor of ``array``: itself where it lies well, else a copy in the buffer."""
@@ -202,29 +209,32 @@ class Session:
         return f"Session({inputs}; {self.manifest.target}, {self.threads} threads)"
 
     def _load(self, weights: Mapping[str, Array]) -> tuple[Any, ...]:
-        """The weights as arguments, those in another form in the file transformed."""
-        tensors = {name: self._bind(weight) for name, weight in weights.items()}
-        for transform in self.manifest.weight_transforms:
-            result = transform.result
-            sizes = tuple(size for size in result.shape if isinstance(size, int))
-            made = self._bind(aligned_empty(sizes, np.dtype(result.dtype)))
-            try:
-                function = self.library.get_function(transform.function, query_imports=True)
-            except AttributeError as error:
-                raise ArtifactError(
-                    f"the weight transform {transform.function!r} is not in model.so; compile the model again"
-                ) from error
-            function(tensors[transform.weight], made)
-            tensors[transform.weight] = made
-        return tuple(tensors.values())
+        """The weights as arguments, in memory of the session's own, those in another form in the file transformed."""
+        transforms = {transform.weight: transform for transform in self.manifest.weight_transforms}
+        specs = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
+        for name, transform in transforms.items():
+            sizes = tuple(size for size in transform.result.shape if isinstance(size, int))
+            specs[name] = sizes, np.dtype(transform.result.dtype)
+        made = empty_together(list(specs.values()))
+        tensors = []
+        for (name, weight), array in zip(weights.items(), made, strict=True):
+            tensors.append(tvm_runtime().from_dlpack(array, require_alignment=ALIGNMENT))
+            if name in transforms:
+                self._transform(transforms[name], weight, tensors[-1])
+            else:
+                array[...] = weight
+        return tuple(tensors)
 
-    @staticmethod
-    def _bind(weight: Array) -> Any:
-        if not (is_aligned(weight) and weight.flags.writeable):
-            copy = aligned_empty(weight.shape, weight.dtype)
-            copy[...] = weight
-            weight = copy
-        return tvm_runtime().from_dlpack(weight, require_alignment=ALIGNMENT)
+    def _transform(self, transform: WeightTransform, weight: Array, result: Any) -> None:
+        try:
+            function = self.library.get_function(transform.function, query_imports=True)
+        except AttributeError as error:
+            raise ArtifactError(
+                f"the weight transform {transform.function!r} is not in model.so; compile the model again"
+            ) from error
+        stored = aligned_empty(weight.shape, weight.dtype)
+        stored[...] = weight
+        function(tvm_runtime().from_dlpack(stored, require_alignment=ALIGNMENT), result)
 
     def _machine(self) -> _Machine:
         return _Machine(self.library, self.manifest, self._weights)
