@@ -45,7 +45,7 @@ def patches(node: fx.Node, x: Tensor, chosen: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[chosen]
     arguments = ops.bind(node)
     kernel = list(arguments["weight"].meta["val"].shape[2:])
-    stride, dilation = (_each(arguments[name], len(kernel)) for name in ("stride", "dilation"))
+    stride, dilation = (each(arguments[name], len(kernel)) for name in ("stride", "dilation"))
     before, after = margins(node)
     sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
     x = F.pad(x, sides)
@@ -73,16 +73,16 @@ def margins(node: fx.Node) -> tuple[list[int], list[int]]:
     if padding == "valid":
         padding = [0]
     if padding != "same":
-        both = _each(padding, len(kernel))
+        both = each(padding, len(kernel))
         return both, both
     total = [
-        d * (k - 1) for d, k in zip(_each(arguments["dilation"], len(kernel)), kernel, strict=True)
+        d * (k - 1) for d, k in zip(each(arguments["dilation"], len(kernel)), kernel, strict=True)
     ]
     before = [size // 2 for size in total]
     return before, [size - half for size, half in zip(total, before, strict=True)]
 
 
-def _each(value: Any, axes: int) -> list[int]:
+def each(value: Any, axes: int) -> list[int]:
     """One number an axis, also where one stands for all."""
     values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
     return values * axes if len(values) == 1 else values
