@@ -38,6 +38,5 @@ def _keeps_values(node: fx.Node) -> bool:
     if op is not None and op.kind == "shape":
         return True
     schema = getattr(node.target, "_schema", None)
-    value = node.meta.get("val")
     name = "" if schema is None else schema.name.removeprefix("aten::")
-    return name in _CASTS and not value.is_floating_point()
+    return name in _CASTS and not node.meta["val"].is_floating_point()

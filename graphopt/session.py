@@ -187,7 +187,8 @@ class Session:
 
     Inputs are NumPy arrays, or anything with DLPack, positional or by name; any strides and alignment
     (contiguous, writable ones that begin at a multiple of their spec's ``alignment`` are passed without a
-    copy). Raises ``InputError`` naming the argument. Safe to call from many threads: each call runs on its
+    copy). A batch of a model that was compiled for one image runs image by image, over views of its memory. Raises
+    ``InputError`` naming the argument. Safe to call from many threads: each call runs on its
     caller's thread and ``threads - 1`` helpers of TVM's pool.
     """
 
