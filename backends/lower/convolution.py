@@ -19,6 +19,10 @@ from graphopt.backends.cpu.conv import conv2d
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.depthwise import depthwise, pack_depthwise
 from graphopt.backends.cpu.rivals import is_depthwise, is_winograd
+from graphopt.backends.cpu.sparse import sparse
+from graphopt.backends.cpu.sparse_forms import rounds_in_range
+from graphopt.backends.cpu.sparse_pack import pack_sparse
+from graphopt.backends.cpu.sparse_plan import plan_sparse
 from graphopt.backends.cpu.winograd import winograd
 from graphopt.backends.cpu.winograd_plan import plan_winograd, sums_fit
 from graphopt.backends.cpu.winograd_weights import pack_winograd, weight_transform
@@ -116,6 +120,8 @@ class ConvolutionStep(Step):
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
         workload = self.workload(inputs, output)
         weight, bias, multiplier = self._arrays(context, workload)
+        if output.order == "planar":
+            return _sparse(context, workload, weight, bias, multiplier)
         if is_depthwise(workload):
             function = depthwise(workload, context.isa, context.threads)
             packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
@@ -127,7 +133,13 @@ class ConvolutionStep(Step):
             choice = None
         function = conv2d(workload, context.isa, context.threads, choice)
         packed = pack_conv2d(workload, context.isa, weight, bias, multiplier, choice)
-        return Kernel(_name(function), function, tuple(packed), workload.macs, workload)
+        return Kernel(
+            _name(function), function, tuple(packed), workload.macs, workload, form="dense"
+        )
+
+    def weight(self, context: Context, workload: Conv2d) -> Array:
+        """The weight as OIHW."""
+        return self._arrays(context, workload)[0]
 
     def _arrays(
         self, context: Context, workload: Conv2d
@@ -166,7 +178,23 @@ def _winograd(
         tuple(pack_winograd(workload, isa, threads, weight, bias, multiplier)),
         workload.macs,
         load_transform=LoadTransform(_name(transform), transform, size, dtype),
+        form="winograd",
     )
+
+
+def _sparse(
+    context: Context,
+    workload: Conv2d,
+    weight: Array,
+    bias: Array | None,
+    multiplier: Array | None,
+) -> Kernel:
+    isa = context.isa
+    if multiplier is not None:
+        workload = rounds_in_range(workload, weight, bias, multiplier)
+    function = sparse(workload, isa, context.threads)
+    packed = pack_sparse(plan_sparse(workload, isa), weight, bias, multiplier)
+    return Kernel(_name(function), function, tuple(packed), workload.macs, form="sparse")
 
 
 class BatchNormStep(ConvolutionStep):

@@ -10,6 +10,7 @@ from torch import fx
 from graphopt import ops
 from graphopt.backends.cpu.concat import concat
 from graphopt.backends.cpu.convert import convert
+from graphopt.backends.cpu.planar import as_map, reorder
 from graphopt.backends.cpu.pointwise import add, mul
 from graphopt.backends.cpu.pool import pack_pool2d, pool2d
 from graphopt.backends.cpu.workload import (
@@ -77,6 +78,8 @@ class AddStep(Step):
         self.activation = activation
 
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+        if output.order == "planar":
+            inputs, output = [as_map(layout) for layout in inputs], as_map(output)
         workload = Add(inputs[0], inputs[1], output, self.parameters, self.activation)
         return _kernel(add(workload, context.isa, context.threads))
 
@@ -275,6 +278,11 @@ def select_concat(node: fx.Node) -> Step | None:
     inputs = list(a["tensors"])
     alike = all(v.op != "get_attr" and value_of(v).dtype == value_of(node).dtype for v in inputs)
     return ConcatStep([node], inputs, node) if alike and all(rank(v) == 4 for v in inputs) else None
+
+
+def reordered(x: Layout, y: Layout, context: Context) -> Kernel:
+    """The kernel between NHWC and planar order."""
+    return _kernel(reorder(x, y, context.isa, context.threads))
 
 
 def relayout(x: Layout, y: Layout, x_order: str, y_order: str, context: Context) -> Kernel:

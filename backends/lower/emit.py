@@ -14,11 +14,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from tvm import DataType
 
+from graphopt.backends.cpu.planar import planar
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.lower import resize
-from graphopt.backends.lower.elementwise import relayout
+from graphopt.backends.lower.elementwise import relayout, reordered
 from graphopt.backends.lower.one_tensor import ONE_TENSOR
 from graphopt.backends.lower.plan import Plan
+from graphopt.backends.lower.sparse import Orders, choose_orders
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
@@ -70,18 +72,20 @@ class Lowered:
 
 def emit(plan: Plan, context: Context) -> Lowered:
     """Build the module; its outputs are the program's, flattened."""
-    return _Emitter(plan, context).run()
+    return _Emitter(plan, context, choose_orders(plan, context)).run()
 
 
 class _Emitter:
-    def __init__(self, plan: Plan, context: Context) -> None:
+    def __init__(self, plan: Plan, context: Context, orders: Orders) -> None:
         self.plan = plan
         self.context = context
+        self.orders = orders
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.lowered = Lowered(fx.GraphModule(self.root, fx.Graph()))
         self.plain: dict[fx.Node, Any] = {}
         self.physical: dict[fx.Node, fx.Node] = {}
+        self.planar: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Lowered:
         for node in self.plan.program.graph.nodes:
@@ -125,8 +129,9 @@ class _Emitter:
     def _relax_call(self, node: fx.Node) -> fx.Node:
         if node.target == aten.sym_size.int and node.args[1] == 0:
             source = self.plan.root(node.args[0])  # type: ignore[arg-type]
-            if source in self.physical:
-                return self.graph.call_function(aten.sym_size.int, (self.physical[source], 0))
+            made = self.physical.get(source) or self.planar.get(source)
+            if made is not None:
+                return self.graph.call_function(aten.sym_size.int, (made, 0))
         if resize.is_resize(node):
             return self._resize(node)
         args = fx.map_arg(node.args, self._plain)
@@ -176,7 +181,7 @@ class _Emitter:
 
     def _to_plain(self, node: fx.Node) -> fx.Node:
         root = self.plan.root(node)
-        layout, dense, source = self.plan.layouts[root], image_layout(root), self.physical[root]
+        layout, dense, source = self.plan.layouts[root], image_layout(root), self._to_physical(root)
         if not _is_nchw(layout):
             kernel = relayout(layout, dense, "nhwc", "nchw", self.context)
             name = f"{node.name}_plain"
@@ -186,8 +191,15 @@ class _Emitter:
         return self._logical(source, node)
 
     def _to_physical(self, node: fx.Node) -> fx.Node:
-        """A plain value in the layout that its readers share, converted once."""
+        """A plain or planar value in the layout that its readers share, converted once."""
         root = self.plan.root(node)
+        if root in self.planar and root not in self.physical:
+            layout = self.plan.layouts[root]
+            kernel = reordered(planar(layout), layout, self.context)
+            name, source = f"{node.name}_nhwc", self.planar[root]
+            self.physical[root] = self._kernel(
+                kernel, [source], layout.shape, layout.dtype, name, [root]
+            )
         if root not in self.physical:
             layout, dense = self.plan.layouts[root], image_layout(root)
             if _is_nchw(layout):
@@ -199,6 +211,19 @@ class _Emitter:
                     kernel, [self._nchw(root)], _shape(layout), layout.dtype, name, [root]
                 )
         return self.physical[root]
+
+    def _planar_input(self, value: fx.Node) -> tuple[fx.Node, Layout]:
+        """A value in planar order, converted once."""
+        root = self.plan.root(value)
+        layout = planar(self.plan.layouts[root])
+        if root not in self.planar:
+            source, physical = self._physical_input(value)
+            kernel = reordered(physical, layout, self.context)
+            name = f"{root.name}_planar"
+            self.planar[root] = self._kernel(
+                kernel, [source], layout.shape, layout.dtype, name, [root]
+            )
+        return self.planar[root], layout
 
     def _nchw(self, node: fx.Node) -> fx.Node:
         plain: fx.Node = self._plain(node)
@@ -213,6 +238,9 @@ class _Emitter:
     def _step(self, step: Step) -> None:
         if step.output in self.plan.in_place:
             self._one_tensor(step)
+            return
+        if step.output in self.orders.planar:
+            self._planar_step(step)
             return
         inputs, layouts = [], []
         for value, plain in zip(step.inputs, step.plain_inputs, strict=True):
@@ -233,10 +261,19 @@ class _Emitter:
         else:
             self.plain[step.output] = self._logical(made, step.output)
 
+    def _planar_step(self, step: Step) -> None:
+        taken = [self._planar_input(value) for value in step.inputs]
+        output = planar(self.plan.layouts[step.output])
+        kernel = step.kernel(self.context, [layout for _, layout in taken], output)
+        name, sources = step.output.name, [source for source, _ in taken]
+        self.planar[step.output] = self._kernel(
+            kernel, sources, output.shape, output.dtype, name, step.nodes
+        )
+
     def _one_tensor(self, step: Step) -> None:
         """The kernels of the inputs have each written their channels of the whole tensor."""
         shape, dtype = _shape(self.plan.layouts[step.output]), value_of(step.output).dtype
-        parts = [self.physical[self.plan.root(value)] for value in step.inputs]
+        parts = [self._to_physical(self.plan.root(value)) for value in step.inputs]
         self.physical[step.output] = self._call(
             torch.ops.graphopt.call_kernel.default,
             (parts, ONE_TENSOR, list(shape), dtype),
@@ -325,7 +362,7 @@ def _origins(nodes: list[fx.Node]) -> list[str]:
 
 def _shape(layout: Layout) -> tuple[int, ...]:
     """A physical tensor's dimensions after the batch."""
-    return layout.rows, layout.columns, layout.channel_stride
+    return layout.shape
 
 
 def _is_nchw(layout: Layout) -> bool:

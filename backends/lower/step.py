@@ -69,7 +69,7 @@ class Kernel:
     """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark.
 
     ``tunable`` is its workload, where tuning has other choices for it. The first constant is what ``load_transform``
-    makes of the stored one, where there is one.
+    makes of the stored one, where there is one. ``form`` is the algorithm of a layer that has several.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Kernel:
     macs: int = 0
     tunable: Conv2d | None = None
     load_transform: LoadTransform | None = None
+    form: str = ""
 
 
 class Step(ABC):
