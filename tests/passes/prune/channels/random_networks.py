@@ -26,6 +26,8 @@ _MOST = 24
 class MaskedConv(nn.Module):
     """A pruned convolution: ``conv(x, W * M)``."""
 
+    weight_mask: Tensor
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
@@ -68,7 +70,8 @@ class Heads(nn.Module):
         else:
             y = torch.softmax(q * 0.5 @ k.transpose(-2, -1), -1) @ v
         y = self.out(y.transpose(1, 2).reshape(n, h * w, self.heads * 3))
-        return y.transpose(1, 2).reshape(n, c, h, w)
+        result: Tensor = y.transpose(1, 2).reshape(n, c, h, w)
+        return result
 
 
 class NonLocal(nn.Module):
@@ -82,7 +85,8 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).flatten(2) for f in (self.query, self.key, self.value))
         weights = torch.softmax(torch.einsum("ncp,ncq->npq", q, k), -1)
-        return x + self.out((v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+        result: Tensor = x + self.out((v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+        return result
 
 
 class Tokens(nn.Module):
@@ -98,7 +102,8 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(self.norm(x.permute(0, 2, 3, 1)))
         y = F.glu(y) if self.gated else F.gelu(y)
-        return x + self.down(y).permute(0, 3, 1, 2)
+        result: Tensor = x + self.down(y).permute(0, 3, 1, 2)
+        return result
 
 
 class Gram(nn.Module):
@@ -114,7 +119,8 @@ class Gram(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gram = self.left(x).flatten(2) @ self.right(x).flatten(2).transpose(1, 2)
-        return x * self.out(F.relu(gram)).sum((1, 2), keepdim=True).unsqueeze(-1)
+        result: Tensor = x * self.out(F.relu(gram)).sum((1, 2), keepdim=True).unsqueeze(-1)
+        return result
 
 
 class Grower(_Grower):

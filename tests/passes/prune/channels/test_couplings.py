@@ -135,10 +135,10 @@ def test_a_grouped_convolution_loses_equally_many_of_each_group() -> None:
     )
     assert inputs.complaint(torch.tensor([0, 2, 3, 4])) is None
     small = shrunk(coupling.program, {0: torch.tensor([0, 2, 3, 4])})  # other columns in each group
-    assert small.graph_module.grouped.weight.shape == (8, 2, 3, 3)
-    weight = coupling.program.graph_module.grouped.weight
-    assert torch.equal(small.graph_module.grouped.weight[:4], weight[:4, [0, 2]])
-    assert torch.equal(small.graph_module.grouped.weight[4:], weight[4:, [0, 1]])
+    assert small.graph_module.get_parameter("grouped.weight").shape == (8, 2, 3, 3)
+    weight = coupling.program.graph_module.get_parameter("grouped.weight")
+    assert torch.equal(small.graph_module.get_parameter("grouped.weight")[:4], weight[:4, [0, 2]])
+    assert torch.equal(small.graph_module.get_parameter("grouped.weight")[4:], weight[4:, [0, 1]])
     check(coupling)
 
 
@@ -205,10 +205,14 @@ def test_a_constant_moves_into_the_reader_s_bias(bias: bool) -> None:
     )  # fmt: skip
     check(coupling)
     small = shrunk(coupling.program, {0: torch.tensor([1, 4])})
-    weight = coupling.program.graph_module.last.weight
-    old = coupling.program.graph_module.last.bias if bias else torch.zeros(3, dtype=torch.float64)
+    weight = coupling.program.graph_module.get_parameter("last.weight")
+    old = (
+        coupling.program.graph_module.get_parameter("last.bias")
+        if bias
+        else torch.zeros(3, dtype=torch.float64)
+    )
     expected = old + 0.5 * weight[:, [0, 2, 3, 5]].sum((1, 2, 3))
-    assert torch.allclose(small.graph_module.last.bias, expected, rtol=1e-12)
+    assert torch.allclose(small.graph_module.get_parameter("last.bias"), expected, rtol=1e-12)
 
 
 def test_a_constant_stays_where_the_reader_pads() -> None:

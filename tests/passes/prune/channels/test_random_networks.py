@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import graphopt as go
+from graphopt import ops
 from graphopt.contract import difference
 from graphopt.passes.prune import channels
 from graphopt.passes.prune.channels.labels import Axis
@@ -88,7 +89,10 @@ def check_parameters(
 ) -> None:
     """The members name what goes: values and gradients of what is left are those of the whole network."""
     expected = cut(coupling, choice, masked_slopes)
-    folded = {f"{name.rpartition('.')[0]}.bias" for name in expected}
+    folded = {_bias_of(node) for node, _, _ in coupling.walk.folds}
+    values = cut(coupling, choice, coupling.program.graph_module.state_dict())
+    for name, value in small.graph_module.state_dict().items():
+        assert name in folded or torch.equal(value, values[name]), f"{name}; {said}"
     for name, slope in shrunk_slopes.items():
         assert slope.shape == small.graph_module.get_parameter(name).shape, said
         if name not in expected:
@@ -96,6 +100,14 @@ def check_parameters(
             continue
         assert difference(expected[name], slope) <= TOLERANCE, f"{name}; {said}"
     assert shrunk_slopes.keys() >= expected.keys(), said
+
+
+def _bias_of(layer: fx.Node) -> str:
+    """The name of a layer's bias, which it may not have yet."""
+    arguments = ops.bind(layer)
+    if arguments["bias"] is not None:
+        return str(arguments["bias"].target)
+    return f"{arguments['weight'].target.rpartition('.')[0]}.bias"
 
 
 def check_cost(
