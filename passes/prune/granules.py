@@ -58,6 +58,11 @@ class Granules(ABC):
         return self.mean(full) == 0
 
     @property
+    def price(self) -> float:
+        """What one weight costs in the currency of the budget: 1, or its multiply-accumulates."""
+        return 1.0
+
+    @property
     def count(self) -> int:
         return torch.Size(self.shape).numel()
 

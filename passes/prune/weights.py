@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class Weight:
     values: tuple[fx.Node, ...]
     layers: tuple[fx.Node, ...]
     layout: Layout
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.layout.shape)
 
     def tensor(self, program: Program) -> Tensor:
         """``W``, with what the mask hides."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +28,7 @@ class Coupled(Granules):
     group: Group
     members: tuple[tuple[Weight, Member], ...]
     costs: CostModel = field(repr=False)
+    in_macs: bool = False
 
     @property
     def label(self) -> str:
@@ -40,23 +42,41 @@ class Coupled(Granules):
     def shape(self) -> tuple[int, ...]:
         return (self.group.size,)
 
-    @property
+    @cached_property
     def sizes(self) -> Tensor | int:
-        sizes = self._sum({w: torch.ones(w.layout.shape) for w in self.weights}, False).long()
+        sizes = self._by_channel({pair: _each(*pair) for pair in self.members}).long()
         return int(sizes[0]) if bool((sizes == sizes[0]).all()) else sizes
 
-    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
-        ones = {w: torch.ones(w.layout.shape) for w in elements}
-        return self._sum(elements, makers) / self._sum(ones, makers).clamp(min=1)
+    @cached_property
+    def price(self) -> float:
+        if not self.in_macs:
+            return 1.0
+        shares = {
+            (weight, member): _each(weight, member)
+            * sum(map(ops.macs, weight.layers))
+            / weight.size
+            for weight, member in self.members
+        }
+        return float(self._by_channel(shares).sum()) / max(1, self.elements)
 
-    def _sum(self, elements: Mapping[Weight, Tensor], makers: bool) -> Tensor:
+    def mean(self, elements: Mapping[Weight, Tensor], makers: bool = False) -> Tensor:
+        counted = [
+            (weight, member)
+            for weight, member in self.members
+            if weight in elements and (member.role == "output" or not makers)
+        ]
+        sums = {(w, member): _along(elements[w].float(), member) for w, member in counted}
+        sizes = self._by_channel({pair: _each(*pair) for pair in counted})
+        return self._by_channel(sums) / sizes.clamp(min=1)
+
+    def _by_channel(self, values: Mapping[tuple[Weight, Member], Tensor | float]) -> Tensor:
+        """The sums of values given for the indices of members' axes, a number where they are all equal."""
         total = torch.zeros(self.group.size + 1)  # the last for indices that are not the group's
-        for weight, member in self.members:
-            if weight not in elements or (makers and member.role != "output"):
-                continue
-            values = _along(elements[weight].float(), member)
-            index = torch.where(member.channel >= 0, member.channel, self.group.size)
-            total.index_add_(0, index.flatten(), values.flatten())
+        for (_, member), value in values.items():
+            index = torch.where(member.channel >= 0, member.channel, self.group.size).flatten()
+            total.index_add_(
+                0, index, torch.as_tensor(value).float().expand(member.channel.shape).flatten()
+            )
         return total[:-1]
 
     def masks(self, keep: Tensor) -> dict[Weight, Tensor]:
@@ -65,6 +85,11 @@ class Coupled(Granules):
         for weight, member in self.members:
             _mask(masks[weight], member, padded[member.channel])
         return masks
+
+
+def _each(weight: Weight, member: Member) -> float:
+    """How many elements of the weight each index of the member's axis has."""
+    return weight.size / member.channel.numel()
 
 
 def _along(values: Tensor, member: Member) -> Tensor:
@@ -141,7 +166,7 @@ class Channel(Granularity):
                 if member.role in ("output", "input") and member.parameter in known
             )
             if members:
-                found.append(Coupled(group, members, costs))
+                found.append(Coupled(group, members, costs, self.of == "macs"))
         return found
 
     def settle(self, decisions: list[Decision]) -> list[Decision]:

@@ -19,9 +19,10 @@ from graphopt.passes.prune.scores.score import Values
 class Global(Schedule):
     """The lowest granules of the whole network that hold the share ``sparsity`` of its weights.
 
-    Scores compare by the weight, since a granule's is a mean over its weights. ``normalize`` divides them by their root
-    mean square in the layer first, for scores whose scale differs from layer to layer. No layer loses more than the
-    share ``most`` of its granules: one without weights would cut the network (Tanaka et al. 2020).
+    Scores compare by the weight, since a granule's is a mean over its weights; of channels to a budget of
+    multiply-accumulates by what they cost there. ``normalize`` divides them by their root mean square in the layer
+    first, for scores whose scale differs from layer to layer. No layer loses more than the share ``most`` of its
+    granules: one without weights would cut the network (Tanaka et al. 2020).
     """
 
     name: ClassVar[str] = "global"
@@ -41,7 +42,11 @@ class Global(Schedule):
         values: Values,
         evidence: Evidence,
     ) -> Chooser:
-        comparable = [_normalized(one) for one in scores] if self.normalize else scores
+        comparable = [_normalized(one) for one in scores] if self.normalize else list(scores)
+        comparable = [
+            score / one.price if one.price != 1 else score
+            for score, one in zip(comparable, granules, strict=True)
+        ]
         return lambda share: lowest(comparable, granules, share, self.most)
 
 
