@@ -4,6 +4,9 @@ from graphopt.passes.cleanup import EliminateCommonSubexpressions as EliminateCo
 from graphopt.passes.cleanup import FoldConstants as FoldConstants
 from graphopt.passes.cleanup import RemoveDeadCode as RemoveDeadCode
 from graphopt.passes.cleanup import RemoveIdentities as RemoveIdentities
+from graphopt.passes.compact import InceptionFactorize as InceptionFactorize
+from graphopt.passes.compact import OneByOneSubstitute as OneByOneSubstitute
+from graphopt.passes.compact import SqueezeSubstitute as SqueezeSubstitute
 from graphopt.passes.factorize import CpConv as CpConv
 from graphopt.passes.factorize import DepthwiseSeparable as DepthwiseSeparable
 from graphopt.passes.factorize import FlattenedConv as FlattenedConv
