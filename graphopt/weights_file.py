@@ -1,7 +1,7 @@
 """Tensors as ``safetensors``: ``u64 n | n bytes of JSON {name: {dtype, shape, data_offsets}} | data``.
 
 Written here in 100 lines, so that a session needs no package beyond NumPy and the TVM runtime, and so
-that every tensor is copied exactly once, to a 64-byte boundary, as compiled kernels require.
+that every tensor is copied exactly once, to where compiled kernels read it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,11 @@ def _read(name: str, entry: Any, data: memoryview, start: int) -> tuple[np.ndarr
         raise WeightsError(f"tensor {name!r} has a size that is no natural number")
     if begin != start or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
         raise WeightsError(f"tensor {name!r} does not fill the bytes {begin} to {end}")
-    tensor = aligned_empty(shape, dtype)
-    tensor[...] = np.frombuffer(data[begin:end], dtype).reshape(shape)
-    return tensor, end
+    return np.frombuffer(data[begin:end], dtype).reshape(shape), end
 
 
 def decode(data: memoryview) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the tensors, each a 64-byte aligned copy; raises ``WeightsError``."""
+    """Return the tensors as views of ``data``, wherever they lie; raises ``WeightsError``."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 + size:
         raise WeightsError("the header is longer than the file")
