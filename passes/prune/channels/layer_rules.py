@@ -203,7 +203,21 @@ def norm(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
             (dimension,) = walk.dims(a[argument])
             walk.role(dimension, role, node)
             channels = walk.tie(channels, dimension, node)
-    return [source[0], _normed(walk, node, channels, source[1], a), *source[2:]]
+    others = [source[0], *source[2:]]
+    batch, *pixels = (_beside_norm(walk, node, d, _from_batch(a)) for d in others)
+    return [batch, _normed(walk, node, channels, source[1], a), *pixels]
+
+
+def _from_batch(a: dict[str, Any]) -> bool:
+    """True where the statistics are those of the values themselves."""
+    return bool(a.get("training", a.get("use_input_stats")))
+
+
+def _beside_norm(walk: Walk, node: fx.Node, dimension: Dimension, from_batch: bool) -> Dimension:
+    """An axis beside the norm's channels: part of its statistics, or shifted."""
+    if from_batch:
+        return walk.freeze(dimension, f"{node.name} takes statistics over it")
+    return _carried(dimension, False)
 
 
 def _normed(
@@ -214,8 +228,7 @@ def _normed(
     if _is_zeroed(walk, a):
         return channels.like()
     rest = source.rest if isinstance(source, Axis) else np.full(channels.size, UNKNOWN)
-    batch = a.get("training", a.get("use_input_stats"))
-    return channels.like(rest=_normalised(walk, rest, a, bool(batch)))
+    return channels.like(rest=_normalised(walk, rest, a))
 
 
 def _is_zeroed(walk: Walk, a: dict[str, Any]) -> bool:
@@ -224,11 +237,11 @@ def _is_zeroed(walk: Walk, a: dict[str, Any]) -> bool:
     return a["weight"] is not None and all(isinstance(d, Axis) and d.is_zero for d in parts)
 
 
-def _normalised(walk: Walk, rest: Rest, a: dict[str, Any], from_batch: bool) -> Rest:
+def _normalised(walk: Walk, rest: Rest, a: dict[str, Any]) -> Rest:
     """A constant channel normalised without a scale: zero by its own statistics, a constant by running ones."""
     if a["bias"] is not None:
         return np.full_like(rest, UNKNOWN)
-    if from_batch:
+    if _from_batch(a):
         return np.where(np.isfinite(rest), 0.0, UNKNOWN)
     if a["running_mean"].op != "get_attr" or a["running_var"].op != "get_attr":
         return np.full_like(rest, UNKNOWN)
@@ -258,7 +271,8 @@ def group_norm(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
         is_zero = isinstance(source[1], Axis) and source[1].is_zero and a["bias"] is None
         is_zero = is_zero or _is_zeroed(walk, a)
         channels = channels.like(rest=None if is_zero else np.full(channels.size, UNKNOWN))
-    return [source[0], channels, *source[2:]]
+    pixels = [walk.freeze(d, f"{node.name} takes statistics over it") for d in source[2:]]
+    return [_carried(source[0], a["bias"] is None), channels, *pixels]
 
 
 @rule("layer_norm", "rms_norm.default")

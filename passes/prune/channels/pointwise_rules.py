@@ -14,6 +14,7 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.passes.prune.channels.labels import UNKNOWN, Axis, Dimension, Dimensions, Fixed, Rest
+from graphopt.passes.prune.channels.shape_rules import zero_or_unknown
 from graphopt.passes.prune.channels.walk import POINTWISE, RULES, Walk, rule, shape_of
 
 Answer = Dimensions | list[Dimensions]
@@ -104,7 +105,7 @@ def _run(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> Rest:
 @rule("fake_quantize", "fake_quantize_tensor_qparams", "_fake_quantize_learnable_per_tensor_affine")
 def fake_quantize(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """Zero is a point of every grid."""
-    return [_zero_or_unknown(d) for d in walk.dims(a["self"])]
+    return [zero_or_unknown(d) for d in walk.dims(a["self"])]
 
 
 @rule("fake_quantize_channel", "_fake_quantize_learnable_per_channel_affine")
@@ -115,13 +116,7 @@ def fake_quantize_channel(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answe
         (dimension,) = walk.dims(a[name])
         walk.role(dimension, "qparam", node)
         out[a["axis"]] = walk.tie(out[a["axis"]], dimension, node)
-    return [_zero_or_unknown(d) for d in out]
-
-
-def _zero_or_unknown(dimension: Dimension) -> Dimension:
-    if not isinstance(dimension, Axis) or dimension.is_zero:
-        return dimension
-    return dimension.like(rest=np.where(dimension.rest == 0, 0.0, UNKNOWN))
+    return [zero_or_unknown(d) for d in out]
 
 
 @rule(
@@ -133,7 +128,11 @@ def pool(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """Windows over the last axes; the others pass, and constants too unless they are averaged with padding."""
     rank = int(str(node.target).split("pool")[1][0])
     padded = "avg" in str(node.target) and any(a.get("padding", (0,)))
-    return _over_last(walk, node, walk.dims(a["self"]), rank, constant=not padded)
+    out = _over_last(walk, node, walk.dims(a["self"]), rank, constant=not padded)
+    if isinstance(node.meta["val"], torch.Tensor):
+        return out
+    indices = [d.like(rest=np.full(d.size, UNKNOWN)) if isinstance(d, Axis) else d for d in out]
+    return [out, indices]
 
 
 @rule(
@@ -151,7 +150,7 @@ def _over_last(
     for dimension in source[-rank:]:
         walk.freeze(dimension, f"{node.name} slides over it")
     lead = source[:-rank]
-    return [*(lead if constant else map(_zero_or_unknown, lead)), *[Fixed()] * rank]
+    return [*(lead if constant else map(zero_or_unknown, lead)), *[Fixed()] * rank]
 
 
 @rule("mean", "sum", "amax.default", "amin.default", "linalg_vector_norm.default", "mean.default")
@@ -164,7 +163,7 @@ def reduce(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     out: Dimensions = []
     for axis, dimension in enumerate(source):
         if axis not in over:
-            out.append(_zero_or_unknown(dimension) if adds else dimension)
+            out.append(zero_or_unknown(dimension) if adds else dimension)
             continue
         if isinstance(dimension, Axis):
             if adds:
@@ -196,4 +195,4 @@ def glu(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
         walk.labels.tie(dimension.ids[:half], dimension.ids[half:])
         rest = np.where(dimension.rest[:half] == 0, 0.0, UNKNOWN)
         out[axis] = dimension.like(dimension.ids[:half], rest)
-    return [_zero_or_unknown(d) for d in out]
+    return [zero_or_unknown(d) for d in out]

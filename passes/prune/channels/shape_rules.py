@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from graphopt.passes.prune.channels.factors import regroup
@@ -17,19 +18,23 @@ from graphopt.passes.prune.channels.walk import RULES, Walk, joined, rule, same_
 Answer = Dimensions | list[Dimensions]
 
 
-@rule(
-    "contiguous",
-    "clone",
-    "alias",
-    "detach",
-    "to.dtype",
-    "_to_copy",
-    "to.dtype_layout",
-    "lift_fresh_copy",
-)
+@rule("contiguous", "clone", "alias", "detach", "lift_fresh_copy")
 def same(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """The input itself, or a copy."""
     return walk.dims(node.args[0])
+
+
+@rule("to.dtype", "to.dtype_layout", "_to_copy")
+def cast(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
+    """Zero is zero in every type; other numbers may be rounded."""
+    return [zero_or_unknown(d) for d in walk.dims(node.args[0])]
+
+
+def zero_or_unknown(dimension: Dimension) -> Dimension:
+    """The same axis where a removed channel that held zeros still does, and nothing is known of others."""
+    if not isinstance(dimension, Axis) or dimension.is_zero:
+        return dimension
+    return dimension.like(rest=np.where(dimension.rest == 0, 0.0, UNKNOWN))
 
 
 @rule("dropout")
@@ -40,13 +45,25 @@ def dropout(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
         return source
     if "alpha" in str(node.target):
         return walk.give_up(node)
-    return [
-        d.like(rest=np.where(d.rest == 0, 0.0, UNKNOWN)) if isinstance(d, Axis) else d
-        for d in source
-    ]
+    return [zero_or_unknown(d) for d in source]
 
 
-@rule("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view")
+@rule("squeeze")
+def squeeze(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
+    """Axes of one index go; channels that could become one index would go too, and so stay whole."""
+    source, sizes = walk.dims(a["self"]), shape_of(a["self"])
+    given = a.get("dim", range(len(source)))
+    chosen = {axis % len(source) for axis in ([given] if isinstance(given, int) else given)}
+    out: Dimensions = []
+    for axis, (dimension, size) in enumerate(zip(source, sizes, strict=True)):
+        if axis not in chosen:
+            out.append(dimension)
+        elif size != 1:
+            out.append(walk.freeze(dimension, f"{node.name} would drop it if it were one channel"))
+    return out
+
+
+@rule("reshape", "view", "flatten", "unflatten", "unsqueeze", "_unsafe_view")
 def reshape(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """Axes merge and split; channels stay with one factor of theirs (see ``factors``)."""
     return regroup(walk, node, walk.dims(a["self"]), shape_of(a["self"]), shape_of(node))
@@ -77,7 +94,7 @@ def t(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     return walk.dims(a["self"])[::-1]
 
 
-@rule("expand", "expand_as")
+@rule("expand")
 def expand(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """New and widened axes are fixed."""
     source, old, new = walk.dims(a["self"]), shape_of(a["self"]), shape_of(node)
@@ -244,7 +261,7 @@ def index(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     """A table looked up along one axis."""
     source, indices = walk.dims(a["self"]), list(a["indices"])
     given = [axis for axis, value in enumerate(indices) if value is not None]
-    if len(given) != 1:
+    if len(given) != 1 or indices[given[0]].meta["val"].dtype in (torch.bool, torch.uint8):
         return walk.give_up(node)
     along = given[0]
     for dimension in walk.dims(indices[along]):

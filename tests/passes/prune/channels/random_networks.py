@@ -18,7 +18,7 @@ KINDS = (
     "conv", "conv", "batch_norm", "activation", "residual", "residual", "concat", "pool", "gate", "shuffle", "slice",
     "pad", "dropout", "balanced", "norm", "prelu", "shared", "parts", "pixels", "native_shuffle", "transposed",
     "non_local", "heads", "tokens", "constant", "affine", "pad_channels", "glu", "masked", "reduced", "unknown",
-    "scalars", "stacked", "gram",
+    "scalars", "stacked", "gram", "mixed", "squeezed",
 )  # fmt: skip
 _MOST = 24
 
@@ -106,6 +106,20 @@ class Tokens(nn.Module):
         return result
 
 
+class Mixed(nn.Module):
+    """Layers on pixels, whose hidden axis stands beside that of a norm's channels."""
+
+    def __init__(self, channels: int, pixels: int, normed: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(pixels, 5, bias=normed), nn.Linear(5, pixels)
+        self.norm = nn.BatchNorm1d(channels) if normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.up(x.flatten(2)))
+        result: Tensor = x + self.down(F.relu(y)).unflatten(2, x.shape[2:])
+        return result
+
+
 class Gram(nn.Module):
     """Products of channels with channels, both axes of which are channels."""
 
@@ -181,12 +195,13 @@ class Grower(_Grower):
 
     def _norm(self) -> None:
         channels = self.channels()
+        if self.shape()[2] * self.shape()[3] == 1:
+            return
         if self.flip(0.4):
-            self.layer(
-                "instance_norm",
-                nn.InstanceNorm2d(channels, affine=self.flip(), track_running_stats=self.flip(0.3)),
-            )
-        elif self.shape()[2] * self.shape()[3] > 1:
+            affine, tracked = self.flip(), self.flip(0.3)
+            norm = nn.InstanceNorm2d(channels, affine=affine, track_running_stats=tracked)
+            self.layer("instance_norm", norm)
+        else:
             groups = self.choose([*self.divisors(channels), channels])
             self.layer("group_norm", nn.GroupNorm(groups, channels, affine=self.flip(0.8)))
 
@@ -344,6 +359,19 @@ class Grower(_Grower):
         self._conv(stride_one=True, out_channels=self.channels())
         if self.values[self.latest].shape == self.values[here].shape:
             self.step("stacked", [here, self.latest], lambda x, y: torch.stack([x, y], 1).amax(1))
+
+    def _mixed(self) -> None:
+        if self.shape()[2] * self.shape()[3] <= 36:
+            pixels = self.shape()[2] * self.shape()[3]
+            self.layer("mixed", Mixed(self.channels(), pixels, self.flip()))
+
+    def _squeezed(self) -> None:
+        """A pooled map loses axes of one index and gets them back."""
+        self.call("pool", lambda x: F.adaptive_max_pool2d(x, 1))
+        if self.flip():
+            self.call("squeezed", lambda x: x.squeeze(3).squeeze(2).unsqueeze(-1).unsqueeze(-1))
+        else:
+            self.call("squeezed", lambda x: x.squeeze().reshape(x.shape))
 
     def _gram(self) -> None:
         self.layer("gram", Gram(self.channels(), self.choose((3, 4))))
