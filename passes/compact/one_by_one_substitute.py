@@ -52,7 +52,7 @@ class OneByOneSubstitute(Substitute):
         outputs, fixed = outputs_of(layer, inputs), self.fixed(layer)
         held = max(1, len(inputs) // 4)
         middle, begun = inputs[:, :, 1, 1], layer.weight.sum((2, 3))
-        weight, bias = least_squares(middle[held:], outputs[held:], begun, fixed, _RIDGE)
+        ((weight, bias),) = least_squares(middle[held:], outputs[held:], begun, fixed, (_RIDGE,))
         error = relative_error(outputs[:held], middle[:held] @ weight.T + bias, fixed)
 
         def make(build: Build) -> fx.Node:

@@ -251,6 +251,7 @@ def projection(weight: Tensor, root: Tensor, width: int) -> tuple[Tensor, Tensor
     whitened = torch.einsum("cit,ij->cjt", weight.double(), root).reshape(columns, -1)
     _, vectors = torch.linalg.eigh(whitened.T @ whitened)
     kept = vectors.flip(1)[:, :width]
-    first = kept.T.reshape(width, inputs, taps).transpose(1, 2)
-    first = torch.linalg.solve_triangular(root, first, upper=False, left=False).transpose(1, 2)
+    first = kept.T.reshape(width, inputs, taps).transpose(1, 2).flatten(0, 1)
+    first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
+    first = first.reshape(width, taps, inputs).transpose(1, 2)
     return first.float().contiguous(), (whitened @ kept).float()

@@ -89,20 +89,26 @@ def fit(
 
 
 def least_squares(
-    features: Tensor, goal: Tensor, begun: Tensor, fixed: Tensor | None, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """``weight, bias`` that minimise ``||features @ weight.T + bias - goal||^2 + ridge * ||weight - begun||^2``.
+    features: Tensor, goal: Tensor, begun: Tensor, fixed: Tensor | None, ridges: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """``weight, bias`` that minimise ``||features @ weight.T + bias - goal||^2 + ridge * ||weight - begun||^2``, a pair a ridge.
 
-    With ``fixed`` the bias is that.
+    With ``fixed`` the bias is that. A ridge is a share of the features' mean square.
     """
     mean = features.mean(0) if fixed is None else torch.zeros(features.shape[1])
     middle = goal.mean(0) if fixed is None else fixed
     centred = features - mean
     gram = (centred.T @ centred).double()
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-12)
-    right = centred.T @ (goal - middle - centred @ begun.T)
-    weight = begun + torch.linalg.solve(gram, right.double()).T.to(begun.dtype)
-    return weight, middle - weight @ mean
+    right = (centred.T @ (goal - middle - centred @ begun.T)).double()
+    square = float(gram.diagonal().mean())
+    solved, last = [], 0.0
+    for ridge in ridges:
+        gram.diagonal().add_((ridge - last) * square + 1e-12)
+        last = ridge
+        moved = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+        weight = begun + moved.T.to(begun.dtype)
+        solved.append((weight, middle - weight @ mean))
+    return solved
 
 
 def relative_error(expected: Tensor, made: Tensor, fixed: Tensor | None) -> float:
@@ -162,16 +168,20 @@ class _Task:
     def solved(self, solution: Solution) -> tuple[Solution, float]:
         """Second weights and biases by least squares, and the error on the judged rows."""
         hidden = _hidden(self.windows, solution.first, solution.shift, self.relu)
-        tried = [self._solved(solution, hidden, ridge) for ridge in _RIDGES]
-        return min(tried, key=lambda pair: pair[1])
-
-    def _solved(self, solution: Solution, hidden: Tensor, ridge: float) -> tuple[Solution, float]:
-        pairs = []
+        solved = []
         for head, begun in zip(self.heads, solution.seconds, strict=True):
             fixed = None if self.fixed is None else self.fixed[head.outputs]
             goal = self.outputs[:, head.outputs]
-            pairs.append(least_squares(head.read(hidden), goal, begun, fixed, ridge))
+            solved.append(least_squares(head.read(hidden), goal, begun, fixed, _RIDGES))
+        return min(
+            (self._judged(solution, pairs) for pairs in zip(*solved, strict=True)),
+            key=lambda pair: pair[1],
+        )
+
+    def _judged(
+        self, solution: Solution, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Solution, float]:
         seconds, biases = ([pair[i] for pair in pairs] for i in (0, 1))
-        found = Solution(solution.first, solution.shift, seconds, biases)
+        found = replace(solution, seconds=seconds, biases=biases)
         made = found.predict(self.judged, self.heads, self.relu)
         return found, relative_error(self.expected, made, self.fixed)
