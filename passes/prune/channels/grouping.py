@@ -118,8 +118,9 @@ def _cells(
         keys = np.stack([blocks[number][members] for number in numbers], axis=1)
         rows, cell, sizes = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
         if not _is_even(sizes) or not all(_is_even(_counts(column)) for column in rows.T):
-            readers = " and ".join(sorted({balances[number].reader for number in numbers}))
-            classes.freeze(members, f"the groups of {readers} cannot lose equally many")
+            readers = sorted({balances[number].reader for number in numbers})
+            said = readers[0] if len(readers) == 1 else f"{readers[0]} and {len(readers) - 1} other"
+            classes.freeze(members, f"the groups of {said} cannot all lose equally many")
         cells[members] = cell.ravel()
     return cells if int((classes.cause >= 0).sum()) == before else None
 

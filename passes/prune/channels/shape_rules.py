@@ -69,6 +69,13 @@ def reshape(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     return regroup(walk, node, walk.dims(a["self"]), shape_of(a["self"]), shape_of(node))
 
 
+@rule("reshape_as", "view_as")
+def reshape_as(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
+    """A view of another value's sizes, whose channels it couples with."""
+    out = regroup(walk, node, walk.dims(a["self"]), shape_of(a["self"]), shape_of(node))
+    return [walk.tie(*pair, node) for pair in zip(out, walk.dims(a["other"]), strict=True)]
+
+
 @rule("permute", "numpy_T")
 def permute(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Answer:
     source = walk.dims(a["self"])
