@@ -115,3 +115,26 @@ def _roofline(axis: Axes, roofs: Roofs, points: Sequence[Point]) -> None:
     axis.set_title(roofs.title, loc="left", fontweight="bold")
     axis.legend(fontsize=8, loc="lower right")
     axis.grid(alpha=0.25, which="major")
+
+
+def trade_offs(path: Path, recipes: Mapping[str, tuple[float, float, float]]) -> None:
+    """Accuracy in percent over a file's KiB and over microseconds: ``recipes[title] = (KiB, microseconds, accuracy)``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, place, label in zip(axes, (0, 1), ("file, KiB", "latency, us"), strict=True):
+        for title, recipe in recipes.items():
+            axis.plot(recipe[place], recipe[2], "o", color=_OURS)
+            axis.annotate(
+                title,
+                (recipe[place], recipe[2]),
+                (5, 3),
+                textcoords="offset points",
+                fontsize="x-small",
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, %")
+    _save(figure, path)
