@@ -1,6 +1,7 @@
 """Ranks: what may be asked for, and that budgets of the whole network are kept at the least error."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,7 +165,8 @@ def test_a_budget_is_kept_near_the_least_error(spectra, share):
     def total(choice):
         pairs = list(zip(lines, choice, strict=True))
         cost = sum(line.cost(r).macs if r else line.before.macs for line, r in pairs)
-        return cost, sum(float(line.errors([r])[0]) if r else 0.0 for line, r in pairs)
+        errors = [float(line.errors([r])[0]) if r else 0.0 for line, r in pairs]
+        return cost, -sum(math.log(1 - error) for error in errors)
 
     allowed = share * network.macs
     within = [total(c)[1] for c in itertools.product(*options) if total(c)[0] <= allowed]
@@ -175,7 +177,8 @@ def test_a_budget_is_kept_near_the_least_error(spectra, share):
     cost, error = total([None if isinstance(choice, str) else choice for choice in found])
     assert cost <= allowed
     # walking down convex hulls is optimal up to the last step, which is one layer's
-    assert error <= min(within) + 1.0
+    step = max(-math.log(1 - line.errors([(1,)])[0]) for line in lines)
+    assert error <= min(within) + step
     for index, line in enumerate(lines):  # and no other rank of one layer is better
         for other in options[index]:
             changed = [None if isinstance(c, str) else c for c in found]
