@@ -130,8 +130,12 @@ def _measure(pass_: Runnable, before: Program, after: Program) -> float | None:
 
 def _options(pass_: Any) -> dict[str, Any]:
     """The options as JSON holds them; data (tensors, loaders) by their type."""
-    values = {f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}
-    return {name: _plain(value) for name, value in values.items()}
+    values = {f: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}
+    return {
+        # data is what a dataclass does not show: a list of batches is no list of options
+        f.name: _plain(value) if f.repr or value is None else f"<{type(value).__name__}>"
+        for f, value in values.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -45,3 +45,5 @@ from graphopt.passes.quantize import Override as Override
 from graphopt.passes.quantize import QuantizationSpec as QuantizationSpec
 from graphopt.passes.quantize import Quantize as Quantize
 from graphopt.passes.quantize import WeightSpec as WeightSpec
+from graphopt.passes.recover import Distill as Distill
+from graphopt.passes.recover import FineTune as FineTune

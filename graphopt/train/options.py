@@ -117,6 +117,8 @@ def from_keywords(name: str, keywords: Keywords) -> Options:
 
 def check_data(name: str, data: Any, options: Options) -> None:
     """Raise TrainError for what cannot be gone through once an epoch."""
+    if data is None:
+        raise TrainError(f"{name} needs data: an iterable of batches (inputs, labels)")
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TrainError(
             f"{name} needs data: an iterable of batches (inputs, labels), not a {type(data).__name__}"

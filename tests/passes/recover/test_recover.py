@@ -1,0 +1,82 @@
+"""Training as a step of a recipe."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import graphopt as go
+from graphopt.errors import TrainError
+from tests.train.tasks import capture, net, parameters_equal, task
+
+RECIPE = """
+passes:
+  - prune: {schedule: {global: 0.6}}
+  - fine-tune: {epochs: 4, learning_rate: 0.1}
+  - quantize
+  - distill: {epochs: 2, learning_rate: 0.02, alpha: 0.3, temperature: 2, features: {norm: norm}, feature_weight: 0.1}
+"""
+
+
+def test_a_recipe_prunes_quantizes_and_recovers() -> None:
+    data = task(12)
+    whole = go.fine_tune(
+        capture(net(drop=0)), data, epochs=4, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
+    recipe = go.Pipeline.from_text(
+        RECIPE.replace(", features: {norm: norm}, feature_weight: 0.1", ""),
+        data=data,
+        calibration=[images for images, _ in data],
+        teacher=whole,
+    )
+    result = recipe(whole)
+    names = [record.name for record in result.history]
+    assert names == ["fine-tune", "prune", "fine-tune", "quantize", "distill"]
+    tuned = result.history[2]
+    assert tuned.rewrites > 5
+    assert tuned.notes[0].startswith("4 epoch(s), 48 step(s)")
+    assert tuned.options["learning_rate"] == 0.1
+    assert tuned.options["data"] == "<list>"
+    score = go.evaluate(result, task(4, seed=8)).score
+    assert score is not None
+    assert score > 0.9
+    zeros = sum(row.parameters - row.nonzero for row in result.stats().layers)
+    assert zeros > 0.5 * result.stats().parameters
+
+
+def test_features_in_a_recipe() -> None:
+    (_, _, _, distill) = go.Pipeline.from_text(RECIPE, data=task(1))
+    assert isinstance(distill, go.passes.Distill)
+    assert distill.features == {"norm": "norm"}
+
+
+def test_the_pass_is_the_function() -> None:
+    program, data = capture(net()), task(3)
+    one = go.passes.FineTune(epochs=2, cosine=False, data=data)(program)
+    other = go.fine_tune(program, data, epochs=2)
+    assert parameters_equal(one, other)
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    program, data = capture(net()), task(3)
+    one = go.passes.FineTune(epochs=2, learning_rate=0.1, data=data)(program)
+    other = go.passes.FineTune(epochs=2, learning_rate=0.1, cosine=False, data=data)(program)
+    assert not parameters_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("pass_", "message"),
+    [
+        (go.passes.FineTune(), "fine-tune needs data: an iterable of batches (inputs, labels)"),
+        (
+            go.passes.Distill(data=task(1)),
+            "distill needs teacher=program, the network to learn from",
+        ),
+        (go.passes.FineTune(epochs=0, data=task(1)), "option epochs must be at least 1, not 0"),
+    ],
+)
+def test_errors(pass_: go.Pass, message: str) -> None:
+    with pytest.raises(TrainError, match=f"^{re.escape(message)}"):
+        pass_(capture(net()))
