@@ -13,6 +13,7 @@ from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granularities import Granularity
 from graphopt.passes.prune.granules import Decision, Granules
 from graphopt.passes.prune.schedules import Schedule
+from graphopt.passes.prune.schedules.schedule import normalized
 from graphopt.passes.prune.scores import Score
 from graphopt.passes.prune.scores.score import distinct
 from graphopt.passes.prune.weights import Decline, Weight
@@ -98,5 +99,14 @@ def _bounded(choices: Choices, evidence: Evidence, granules: Granules, score: Te
     gone = granules.pruned(evidence.source) if choices.monotone else None
     if gone is not None:
         score = torch.where(gone, -torch.inf, score)
+    if choices.schedule.compares and choices.granularity.whole_channels:
+        score = _across_layers(choices.score, granules, score)
     protected = choices.granularity.protected(granules, score)
     return score if protected is None else torch.where(protected, torch.inf, score)
+
+
+def _across_layers(score: Score, granules: Granules, values: Tensor) -> Tensor:
+    """Scores of channels as they compare between layers: magnitudes as they are would empty the layers of small weights."""
+    if score.across_layers == "loss":
+        return values / granules.price
+    return normalized(values) if score.across_layers == "relative" else values

@@ -126,6 +126,7 @@ class Channel(Granularity):
 
     name: ClassVar[str] = "channel"
     masks: ClassVar[bool] = False
+    whole_channels: ClassVar[bool] = True
 
     of: Literal["macs", "parameters", "channels"] = "macs"
     multiple: int = 1

@@ -20,6 +20,7 @@ class Filter(Granularity):
     """
 
     name: ClassVar[str] = "filter"
+    whole_channels: ClassVar[bool] = True
 
     def split(
         self, program: Program, weights: Sequence[Weight], decline: Decline

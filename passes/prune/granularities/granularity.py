@@ -19,10 +19,11 @@ from graphopt.program import Program
 class Granularity(Choice):
     """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class.
 
-    ``masks``: the weights keep their shapes and get masks.
+    ``masks``: the weights keep their shapes and get masks. ``whole_channels``: a granule is all of a channel.
     """
 
     masks: ClassVar[bool] = True
+    whole_channels: ClassVar[bool] = False
 
     def sparsity(self) -> float | None:
         """The share that the pattern itself prunes (N:M), or None where it is the schedule's choice."""

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from graphopt.passes.prune.evidence import Evidence
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.schedules.schedule import Chooser, Schedule, check_share, lowest
+from graphopt.passes.prune.schedules.schedule import (
+    Chooser,
+    Schedule,
+    check_share,
+    lowest,
+    normalized,
+)
 from graphopt.passes.prune.scores.score import Values
 
 
@@ -19,13 +24,14 @@ from graphopt.passes.prune.scores.score import Values
 class Global(Schedule):
     """The lowest granules of the whole network that hold the share ``sparsity`` of its weights.
 
-    Scores compare by the weight, since a granule's is a mean over its weights; of channels to a budget of
-    multiply-accumulates by what they cost there. ``normalize`` divides them by their root mean square in the layer
-    first, for scores whose scale differs from layer to layer. No layer loses more than the share ``most`` of its
-    granules: one without weights would cut the network (Tanaka et al. 2020).
+    Scores compare by the weight, since a granule's is a mean over its weights; those of filters and channels as their
+    score says (``Score.across_layers``). ``normalize`` divides them by their root mean square in the layer first, for
+    scores whose scale differs from layer to layer. No layer loses more than the share ``most`` of its granules: one
+    without weights would cut the network (Tanaka et al. 2020).
     """
 
     name: ClassVar[str] = "global"
+    compares: ClassVar[bool] = True
 
     sparsity: float | None = None
     most: float = 0.99
@@ -42,14 +48,5 @@ class Global(Schedule):
         values: Values,
         evidence: Evidence,
     ) -> Chooser:
-        comparable = [_normalized(one) for one in scores] if self.normalize else list(scores)
-        comparable = [
-            score / one.price if one.price != 1 else score
-            for score, one in zip(comparable, granules, strict=True)
-        ]
+        comparable = [normalized(one) for one in scores] if self.normalize else scores
         return lambda share: lowest(comparable, granules, share, self.most)
-
-
-def _normalized(scores: Tensor) -> Tensor:
-    size = scores[torch.isfinite(scores)].square().mean().sqrt()
-    return scores / size if bool(size > 0) else scores

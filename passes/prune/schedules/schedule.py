@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,12 @@ DEFAULT_SPARSITY = 0.5
 
 
 class Schedule(Choice):
-    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class."""
+    """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class.
+
+    ``compares``: scores of different layers meet.
+    """
+
+    compares: ClassVar[bool] = False
 
     @abstractmethod
     def chooser(
@@ -64,6 +69,12 @@ def check_share(label: str, name: str, value: float | None) -> None:
     """Raise PassError where an option is no share."""
     if value is not None and not 0 <= value <= 1:
         raise PassError(f"schedule {label}: {name} must be 0 to 1, not {value:g}")
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """The scores over their root mean square, so that those of different layers compare."""
+    size = scores[torch.isfinite(scores)].square().mean().sqrt()
+    return scores / size if bool(size > 0) else scores
 
 
 def settled(sparsity: float | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,7 @@ class BatchNormScale(Score):
     """
 
     name: ClassVar[str] = "batch-norm-scale"
+    across_layers: ClassVar[Literal["loss", "relative", "as-is"]] = "as-is"
 
     def measure(
         self, granules: Sequence[Granules], values: Values, evidence: Evidence

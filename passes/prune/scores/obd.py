@@ -34,6 +34,7 @@ class Obd(Score):
     """``mean_i max(h_ii, 0) * w_i**2 / 2`` on ``data``, ``probes`` samples of the signs a batch, from ``seed``."""
 
     name: ClassVar[str] = "obd"
+    across_layers: ClassVar[Literal["loss", "relative", "as-is"]] = "loss"
 
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
     probes: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Random(Score):
     """Uniform in [0, 1), one draw a granule, from ``seed``: the same program is pruned alike every time."""
 
     name: ClassVar[str] = "random"
+    across_layers: ClassVar[Literal["loss", "relative", "as-is"]] = "as-is"
 
     seed: int = 0
 

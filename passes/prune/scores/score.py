@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +22,11 @@ class Score(Choice):
     """A family of frozen dataclasses with a ``name``; a plugin adds its own by deriving from this class.
 
     A granule's score is made of its elements' *mean*, not their sum, so that granules of different sizes, in layers of
-    different shapes, compare by what each removed weight costs.
+    different shapes, compare by what each removed weight costs. ``across_layers`` says how those of whole channels compare
+    between layers: "loss", a change of the loss, by what it buys; "relative" to the layer's own; or "as-is".
     """
+
+    across_layers: ClassVar[Literal["loss", "relative", "as-is"]] = "relative"
 
     @abstractmethod
     def measure(

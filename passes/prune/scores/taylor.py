@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Taylor(Score):
     """
 
     name: ClassVar[str] = "taylor"
+    across_layers: ClassVar[Literal["loss", "relative", "as-is"]] = "loss"
 
     squared: bool = False
 

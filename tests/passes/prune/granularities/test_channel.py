@@ -12,6 +12,7 @@ from graphopt.errors import PassError
 from graphopt.passes.prune import (
     BatchNormScale,
     Channel,
+    Filter,
     Global,
     Gradual,
     Magnitude,
@@ -193,3 +194,46 @@ def test_options_are_checked(make, message):
     with pytest.raises(PassError) as caught:
         make()
     assert str(caught.value) == message
+
+
+def uneven():
+    """Two groups of four channels: the second's weights a hundred times as large, each with one weak channel."""
+    first, second, last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+    for layer, scale in ((first, 0.01), (second, 1.0), (last, 1.0)):
+        nn.init.constant_(layer.weight, scale)
+    with torch.no_grad():
+        first.weight[1] *= 0.5
+        second.weight[2] *= 0.5
+        second.weight[:, 1] *= 0.5
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AvgPool2d(4), last)
+
+
+@pytest.mark.parametrize("granularity", [Filter(), Channel(of="channels")])
+def test_magnitudes_of_channels_are_relative_to_their_layer(granularity):
+    program = capture(uneven(), 1, 3, 4, 4)
+    prune = Prune(Magnitude(), Global(0.26), granularity, exclude=("5",))
+    result = prune(program)
+    if isinstance(granularity, Channel):
+        assert widths(result) == [3, 3, 2]
+    else:
+        rows = {name: mask.flatten(1).any(1).tolist() for name, mask in masks(result).items()}
+        assert rows["0.weight"] == [True, False, True, True]
+        assert rows["2.weight"] == [True, True, False, True]
+
+
+def test_a_change_of_the_loss_is_divided_by_its_price():
+    """The second layer works on a sixteenth of the positions, so that its weights cost a sixteenth."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.ReLU(),
+        nn.AvgPool2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )
+    program = capture(layers, 1, 3, 4, 4)
+    first, second = granules_of(program, Channel(of="macs"))
+    # 3 + 4 weights a channel, the 3 used at 16 places; then 4 + 2, all used once
+    assert first.price == pytest.approx((3 * 16 + 4) / 7)
+    assert second.price == 1.0
+    assert [one.price for one in granules_of(program, Channel(of="parameters"))] == [1.0, 1.0]
