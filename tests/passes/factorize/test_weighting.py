@@ -22,8 +22,7 @@ def test_the_norm_of_whitened_weights_is_that_of_outputs():
     weight = example(5, 8).double()
     data = Activations(correlated(2000, 8), weight)
     norm = float(data.whiten(weight).norm()) * 2000**0.5
-    # the ridge adds a thousandth of the mean variance
-    assert norm == pytest.approx(float(data.outputs.norm()), rel=5e-3)
+    assert norm == pytest.approx(float(data.outputs.norm()), rel=2e-2)  # shrunk a little
 
 
 CHAINS = {
@@ -67,7 +66,25 @@ def test_the_bias_takes_up_the_mean():
     gap = rows.double() @ (weight - other).T - data.shift(other)
     assert float(gap.mean(dim=0).abs().max()) < 1e-5  # the mean is rounded to float32
     expected = float(gap.norm() / data.outputs.norm())
-    assert data.error(other) == pytest.approx(expected, rel=1e-4)
+    assert data.error(other) == pytest.approx(
+        expected, rel=2e-2
+    )  # the covariance is shrunk a little
+
+
+def test_few_rows_leave_the_weights_their_say():
+    """14 rows of 64 channels: what the rows do not span is not lost, and the error is not that of the rows alone."""
+    weight = example(20, 64).double()
+    few = Activations(example(14, 64), weight)
+    stages = [Stage("a", (14, 64)), Stage("b", (20, 14))]
+    u, s, v = torch.linalg.svd(few.whiten(weight), full_matrices=False)
+    factors = [few.unwhiten(v[:14]), u[:, :14] * s[:14]]
+    whole = compose(stages, few.fit_last(stages, factors))
+    true = float(
+        (weight - whole).norm() / weight.norm()
+    )  # on inputs of unit covariance, as the rows are
+    best = float((s[14:].square().sum() / s.square().sum()).sqrt())
+    assert true < 1.5 * best
+    assert few.error(whole) == pytest.approx(true, rel=0.5)
 
 
 def test_constant_inputs_are_allowed():
