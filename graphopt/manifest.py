@@ -59,7 +59,9 @@ class Kernel:
     """One call of a kernel, in the order of execution, with the model's layers it came from.
 
     ``macs`` counts one call, at batch 1 of a dynamic batch; ``dtype`` (``int8``, ``float32``) names the
-    machine peak it is compared with.
+    machine peak it is compared with. ``form`` is the algorithm of a layer that has several ("dense", "winograd",
+    "sparse"). Where its weights have zeros to leave out, ``density`` is the share of blocks that remain and
+    ``sparse_gain`` what the cost model expects of the sparse form: the dense form's time over its own.
     """
 
     name: str
@@ -67,6 +69,9 @@ class Kernel:
     operator: str = ""
     dtype: str = ""
     macs: int | None = None
+    form: str = ""
+    density: float | None = None
+    sparse_gain: float | None = None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class _Kernel:
             return argument(name, (self.batch, *layout.shape), layout.dtype)
 
         x = activations("x", workload.x)
-        stored = tirx.Var("stored", "int64")  # layers of one shape share the code, whatever their zeros
+        stored = tirx.Var(
+            "stored", "int64"
+        )  # layers of one shape share the code, whatever their zeros
         self.values = argument("values", (stored,), self.dtype)
         self.bias = argument("bias", (plan.rows,), self.dtype)
         self.multiplier = None
@@ -94,7 +96,9 @@ class _Kernel:
 
     def _tasks(self) -> None:
         plan, splits = self.plan, self._splits()
-        across = plan.tiles_wide if plan.flat else 1  # where nothing is gathered every tile is a task
+        across = (
+            plan.tiles_wide if plan.flat else 1
+        )  # where nothing is gathered every tile is a task
         planes = self.workload.y.planes
         with emit.loop(self.batch * (plan.chunks * across * splits), self.threads > 1) as task:
             share = bind(emit.floor_mod(task, splits))

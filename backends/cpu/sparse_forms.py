@@ -31,6 +31,11 @@ class Forms:
     sparse: float | None
     reason: str = ""
 
+    @property
+    def gain(self) -> float | None:
+        """The dense form's time over the sparse one's."""
+        return None if self.sparse is None else self.dense / self.sparse
+
 
 def as_planar(workload: Conv2d) -> Conv2d:
     """The same layer between planar tensors."""

@@ -37,7 +37,9 @@ class Gather:
                         with T.Then():
                             start = bind(source + row * x.width)
                             for column in range(plan.workload.kernel[1]):
-                                self._line(start, self._target(column, phase, plane) + offset, column)
+                                self._line(
+                                    start, self._target(column, phase, plane) + offset, column
+                                )
                         with T.Else():
                             for column in range(plan.workload.kernel[1]):
                                 target = bind(self._target(column, phase, plane) + offset)

@@ -19,7 +19,10 @@ from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import PLANE_PIXELS, Conv2d
 
 _LEAST_LANES = 8  # SSE4's dot products gain nothing
-_MOST_VECTORS = {16: 6, 32: 8}  # by registers: beside a tile stand the half-packed sums of another channel
+_MOST_VECTORS = {
+    16: 6,
+    32: 8,
+}  # by registers: beside a tile stand the half-packed sums of another channel
 _WIDEST_OFFSET = 1 << 16
 _LOAD_CYCLES = 0.6  # a vector from L1
 _L2_LOAD_CYCLES = 1.1
@@ -214,7 +217,9 @@ def _candidates(workload: Conv2d, isa: Isa) -> Iterator[SparseChoice]:
 
 def _fits_map(plan: SparsePlan) -> bool:
     """True where tiles stay in the map; a single one may hold lines more than it has."""
-    return plan.chunk_lines <= plan.height or (plan.chunk == 1 and plan.high * plan.lines < plan.height + plan.lines)
+    return plan.chunk_lines <= plan.height or (
+        plan.chunk == 1 and plan.high * plan.lines < plan.height + plan.lines
+    )
 
 
 def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
@@ -246,7 +251,9 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     return cycles
 
 
-_TYPICAL_DENSITY = 0.15  # by which a cut is chosen: one for all layers of a shape, so that they share code
+_TYPICAL_DENSITY = (
+    0.15  # by which a cut is chosen: one for all layers of a shape, so that they share code
+)
 
 
 def plan_sparse(workload: Conv2d, isa: Isa, choice: SparseChoice | None = None) -> SparsePlan:

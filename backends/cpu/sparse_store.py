@@ -85,7 +85,8 @@ class SparseStore:
             return []
         group, lanes = self.plan.workload.y.group, self.isa.lanes
         starts = [(self._start + self._offset(i)) * group for i in range(self.plan.vectors)]
-        return [bind(emit.load(self.residual, start, lanes * group)) for start in starts]
+        values = [bind(emit.load(self.residual, start, lanes * group)) for start in starts]
+        return [self._expand(value) for value in values]
 
     def _residual(self, index: int, channel: int) -> Expr | None:
         """One channel's bytes as int32."""
@@ -135,6 +136,18 @@ class SparseStore:
         order = [line * plan.pitch + q for line in range(plan.lines) for q in range(plan.width)]
         order += [lanes - 1] * (lanes - len(order))
         return bind(tirx.Shuffle([words], order))
+
+    def _expand(self, value: Expr) -> Expr:
+        """Lines that lie side by side, where the tile's are."""
+        plan, lanes, group = self.plan, self.isa.lanes, self.plan.workload.y.group
+        if plan.flat or plan.lines == 1:
+            return value
+        places = [divmod(lane, plan.pitch) for lane in range(lanes)]
+        order = [line * plan.width + min(q, plan.width - 1) for line, q in places]
+        if group == 1:
+            return bind(tirx.Shuffle([value], order))
+        words = tirx.Shuffle([bind(T.reinterpret(f"int32x{lanes}", value))], order)
+        return bind(T.reinterpret(f"uint8x{lanes * group}", words))
 
     def _write(self, pixel: Expr, words: Expr, lanes: int) -> None:
         group = self.plan.workload.y.group

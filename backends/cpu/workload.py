@@ -81,8 +81,11 @@ class Layout:
 
     @property
     def plane_pixels(self) -> int:
-        """Pixels from a plane to the next one: an odd number of cache lines, so that planes do not share L1 sets."""
-        return PLANE_PIXELS * (-(-self.height * self.width // PLANE_PIXELS) | 1)
+        """Pixels from a plane to the next one: an odd number of cache lines, so that planes do not share L1 sets.
+
+        A vector that begins at the last pixel ends in its own plane.
+        """
+        return PLANE_PIXELS * (-(-self.height * self.width // PLANE_PIXELS) + 1 | 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:

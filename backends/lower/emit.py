@@ -328,6 +328,7 @@ class _Emitter:
         if kernel.tunable is not None:
             self.lowered.tunable.append((kernel.tunable, layer))
         integer = dtype != "float32" or any(c.dtype == np.int8 for c in kernel.constants)
+        forms = self.orders.forms.get(nodes[-1])
         self.lowered.calls.append(
             KernelRow(
                 name=kernel.name,
@@ -335,6 +336,9 @@ class _Emitter:
                 operator=str(nodes[0].target).removesuffix(".default"),
                 dtype="int8" if integer else "float32",
                 macs=kernel.macs or None,
+                form=kernel.form,
+                density=forms.density if forms is not None and kernel.form else None,
+                sparse_gain=forms.gain if forms is not None and kernel.form else None,
             )
         )
         torch_dtype = getattr(torch, dtype)

@@ -116,4 +116,3 @@ def _is_plain(plan: Plan, user: fx.Node) -> bool:
     if user.op == "output":
         return True
     return user in plan.live and user not in plan.inside and user not in plan.same
-

@@ -37,6 +37,13 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
+def _forms(row: KernelTime) -> tuple[str, str, str]:
+    """The form chosen, the share of blocks left in the weights, and what the sparse form gains."""
+    kernel = row.kernel
+    gain = "" if kernel.sparse_gain is None else f"{kernel.sparse_gain:.2f}"
+    return kernel.form, _percent(kernel.density), gain
+
+
 @dataclass(frozen=True)
 class Report:
     """A session's latency, and a row a kernel. ``peaks`` are the machine's GOPS by dtype."""
@@ -116,6 +123,11 @@ class Report:
             table.add_column(title, overflow="fold")
         for title in ("us", "share", "GOPS", "of peak"):
             table.add_column(title, justify="right", no_wrap=True)
+        pruned = any(row.kernel.density is not None for row in self.kernels)
+        if pruned:
+            for title in ("form", "blocks", "dense / sparse"):
+                table.add_column(title, justify="right", no_wrap=True)
+            table.caption = "blocks: with a non-zero; dense / sparse: the estimated times' ratio"
         for row in self.slowest(count):
             table.add_row(
                 row.kernel.layer,
@@ -125,6 +137,7 @@ class Report:
                 _percent(self.share(row)),
                 "" if row.gops is None else f"{row.gops:.0f}",
                 _percent(self.share_of_peak(row)),
+                *(_forms(row) if pruned else ()),
             )
         outside = self.outside_kernels
         table.add_section()

@@ -37,9 +37,7 @@ def test_there_and_back(row: Isa, name: str) -> None:
 
 def test_a_slice_of_a_wider_tensor_leaves_the_rest_alone() -> None:
     row = ROWS[0]
-    layout = Layout(
-        1, 8, 8, 16, "uint8", channel_stride=48, first_channel=16, shared=True
-    )
+    layout = Layout(1, 8, 8, 16, "uint8", channel_stride=48, first_channel=16, shared=True)
     logical = random_map(layout, seed=2)
     out = np.zeros((1, 8, 8, 48), np.uint8)
     made = run(
@@ -53,5 +51,7 @@ def test_a_slice_of_a_wider_tensor_leaves_the_rest_alone() -> None:
 
 def test_bytes_that_are_no_whole_words() -> None:
     layout = Layout(1, 4, 4, 6, "uint8")
-    with pytest.raises(CompileError, match=r"reorder takes whole words of channels, not Layout\(.*; pad"):
+    with pytest.raises(
+        CompileError, match=r"reorder takes whole words of channels, not Layout\(.*; pad"
+    ):
         reorder(layout, planar(layout), ISAS["avx2"], 1)

@@ -42,12 +42,25 @@ SHAPES: dict[str, Conv2d] = {
     "3x3 stride 2": conv_workload((16, 24), (15, 15), stride=(2, 2)),
     "3x3 stride 2, even": conv_workload((8, 12), (14, 14), stride=(2, 2)),
     "3x3 with a residual": conv_workload((16, 30), (10, 10), epilogue=RESIDUAL),
+    "3x3, two lines a vector, with a residual": conv_workload((8, 12), (7, 7), epilogue=RESIDUAL),
+    "1x1 stride 2, four lines a vector, with a residual": conv_workload(
+        (8, 12), (14, 7), stride=(2, 2), epilogue=RESIDUAL, **NO_PADDING
+    ),
     "3x3 dilated": conv_workload((16, 24), (12, 13), padding=(2, 2), dilation=(2, 2)),
     "7x7 stride 3": conv_workload((4, 8), (20, 23), (7, 7), padding=(3, 3), stride=(3, 3)),
     "5x3, padded down alone": conv_workload((8, 12), (11, 18), (5, 3), padding=(2, 0)),
     "map narrower than the window": conv_workload((4, 8), (6, 2), (3, 5), padding=(1, 2)),
     "dequantized": conv_workload((12, 33), (6, 9), epilogue=Epilogue()),
 }
+
+FLOATS = (
+    "1x1, channels in no fours, batch of 3",
+    "1x1 with a residual",
+    "3x3, two lines a vector, with a residual",
+    "3x3 of three channels",
+    "3x3 stride 2",
+    "7x7 stride 3",
+)
 
 
 def to_planar(layout: Layout, logical: np.ndarray) -> np.ndarray:
@@ -95,9 +108,7 @@ def run_sparse(
     if wanted.residual is not None:
         arrays.append(to_planar(wanted.residual, data.residual))
     out = np.zeros((data.x.shape[0], *wanted.y.shape), wanted.y.dtype)
-    return from_planar(
-        wanted.y, run(sparse(wanted, row, threads, choice), row, *arrays, out=out)
-    )
+    return from_planar(wanted.y, run(sparse(wanted, row, threads, choice), row, *arrays, out=out))
 
 
 def as_float(workload: Conv2d) -> Conv2d:
@@ -121,7 +132,7 @@ def test_integers_equal_the_definition(row: Isa, name: str) -> None:
 
 
 @pytest.mark.parametrize("row", SPARSE_ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "dequantized"])
+@pytest.mark.parametrize("name", FLOATS)
 def test_floats_are_close(row: Isa, name: str) -> None:
     workload = as_float(SHAPES[name])
     data = masked(random_data(workload), 0.8)
@@ -221,7 +232,11 @@ def test_layers_of_one_shape_share_code() -> None:
     [
         (SHAPES["1x1"], "sse4", "sse4 has no sparse kernels"),
         (conv_workload((8, 8), groups=2), "avx2", "it is grouped"),
-        (conv_workload((8, 8), (1, 2), **NO_PADDING), "avx2", "a vector holds more pixels than the map has"),
+        (
+            conv_workload((8, 8), (1, 2), **NO_PADDING),
+            "avx2",
+            "a vector holds more pixels than the map has",
+        ),
         (
             conv_workload((1024, 8), (224, 224), **NO_PADDING),
             "avx2",
