@@ -38,6 +38,7 @@ def command(
     recipe: options.Recipe = None,
     passes: options.Passes = None,
     calibration: options.Calibration = None,
+    data: options.Data = None,
     input_shape: options.Shapes = None,
     dynamic_batch: options.DynamicBatch = None,
     weights: options.Weights = None,
@@ -79,6 +80,7 @@ def command(
         image_mean,
         image_std,
         trust,
+        data,
     )
     program = source.program()
     import graphopt as go

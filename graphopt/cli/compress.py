@@ -20,6 +20,7 @@ def command(
     recipe: options.Recipe = None,
     passes: options.Passes = None,
     calibration: options.Calibration = None,
+    data: options.Data = None,
     input_shape: options.Shapes = None,
     dynamic_batch: options.DynamicBatch = None,
     weights: options.Weights = None,
@@ -40,6 +41,7 @@ def command(
     \b
     graphopt compress nets:tiny --input-shape 1x3x32x32 --pass fold-batch-norm -o tiny.pt2
     graphopt compress nets:tiny --input-shape 1x3x32x32 --recipe int8.yaml --calibration photos/ -o q.pt2
+    graphopt compress nets:tiny --input-shape 8x3x32x32 --pass prune:score=taylor --data labelled.npz -o p.pt2
     graphopt compress q.pt2 --trust --pass fold-batch-norm --explain
     """
     if output is not None:
@@ -59,6 +61,7 @@ def command(
         image_mean,
         image_std,
         trust,
+        data,
     )
     program = source.program()
     if output is not None:

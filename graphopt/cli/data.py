@@ -94,6 +94,28 @@ def calibration(source: str, program: Program, normalization: Normalization) -> 
     )
 
 
+def labelled(source: str, program: Program) -> Iterable[Any]:
+    """Batches ``(inputs, labels)``: of ``package.module:factory``, or of a ``.npz`` that has an array ``labels`` too.
+
+    Raises InputError.
+    """
+    if ":" in source and not Path(source).exists():
+        from graphopt.models import factory
+
+        return list(factory(source)())
+    path = Path(source)
+    if path.suffix != ".npz":
+        raise InputError(f"data {source!r} must be a .npz file or package.module:factory")
+    import torch
+
+    arrays = read_arrays(path)
+    if "labels" not in arrays:
+        raise InputError(f"{path} has no array 'labels'; it holds {', '.join(arrays)}")
+    labels = torch.from_numpy(arrays.pop("labels"))
+    batches = _split([*_tensors(path, arrays, program), labels], program, str(path))
+    return [(batch[0] if len(batch) == 2 else batch[:-1], batch[-1]) for batch in batches]
+
+
 def _batch_size(program: Program) -> int:
     return max(1, int(program.example_inputs[0].shape[0]))
 
@@ -110,19 +132,22 @@ def _image_batches(folder: Path, program: Program, normalization: Normalization)
 
 
 def _array_batches(path: Path, program: Program) -> list[Any]:
+    return _split(_tensors(path, read_arrays(path), program), program, str(path))
+
+
+def _tensors(path: Path, arrays: dict[str, Array], program: Program) -> list[Any]:
+    """A tensor for each of the program's inputs, by name; a single array is the single input's."""
     import torch
 
-    arrays = read_arrays(path)
     names = [node.name for node in program.inputs]
     if len(arrays) == len(names) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
     missing = [name for name in names if name not in arrays]
     if missing:
         raise InputError(f"{path} has no array {missing[0]!r}; it holds {', '.join(arrays)}")
-    tensors = [
+    return [
         torch.from_numpy(arrays[node.name]).to(node.meta["val"].dtype) for node in program.inputs
     ]
-    return _split(tensors, program, str(path))
 
 
 def _split(tensors: Sequence[Any], program: Program, source: str) -> list[Any]:

@@ -86,6 +86,14 @@ Calibration = Annotated[
         help="Inputs to calibrate on: a .npz, a folder of images, or package.module:factory.",
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Labelled data: a .npz with an array `labels`, or package.module:factory of (inputs, labels).",
+    ),
+]
 Mean = Annotated[
     str, typer.Option("--image-mean", help="Mean of each channel of an image scaled to 0..1.")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +29,21 @@ def _as_yaml(text: str) -> str:
 
 
 def pipeline(
-    recipe: Path | None, passes: Sequence[str], calibration: Callable[[], Any] | None
+    recipe: Path | None, passes: Sequence[str], given: Mapping[str, Callable[[], Any]]
 ) -> Pipeline:
-    """The recipe's passes, then ``passes``. ``calibration`` is called once, if a pass takes its result.
+    """The recipe's passes, then ``passes``. ``given`` makes the data for the passes' options ``calibration`` and ``data``.
 
     Raises RecipeError for a pass or option that does not exist, and for data that no pass takes.
     """
     from graphopt.pipeline import Pipeline
 
-    data = {} if calibration is None else {"calibration": calibration()}
+    data = {name: load() for name, load in given.items()}
     steps = [*Pipeline.from_yaml(recipe, **data)] if recipe else []
     for text in passes:
         steps += Pipeline.from_text(_as_yaml(text), f"--pass {text}", **data)
-    takers = [s for s in steps if "calibration" in {f.name for f in dataclasses.fields(s)}]
-    if data and not takers:
-        raise RecipeError("--calibration was given and no pass takes calibration data")
+    taken = {field.name for step in steps for field in dataclasses.fields(step)}
+    for name in data:
+        if name not in taken:
+            kind = "calibration" if name == "calibration" else "labelled"
+            raise RecipeError(f"--{name} was given and no pass takes {kind} data")
     return Pipeline(steps)

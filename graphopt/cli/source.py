@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphopt.cli import data, recipes
 from graphopt.cli.console import LAYER_COLUMNS, layer_rows, print_table, step
@@ -30,6 +30,7 @@ class Source:
     mean: str
     deviation: str
     trust: bool
+    data: str | None = None
 
     def program(self) -> Program:
         """Captured and compressed. Raises the GraphoptError of whatever fails first."""
@@ -49,9 +50,13 @@ class Source:
                 dynamic_batch=batch,
                 trust=self.trust,
             )
-        source = self.calibration
-        load = (lambda: data.calibration(source, program, normalization)) if source else None
-        pipeline = recipes.pipeline(self.recipe, self.passes, load)
+        given: dict[str, Callable[[], Any]] = {}
+        captured, calibration, labelled = program, self.calibration, self.data
+        if calibration:
+            given["calibration"] = lambda: data.calibration(calibration, captured, normalization)
+        if labelled:
+            given["data"] = lambda: data.labelled(labelled, captured)
+        pipeline = recipes.pipeline(self.recipe, self.passes, given)
         for pass_ in pipeline:
             with step(pass_.name):
                 program = pass_(program)

@@ -32,6 +32,7 @@ def command(
     recipe: options.Recipe = None,
     passes: options.Passes = None,
     calibration: options.Calibration = None,
+    data: options.Data = None,
     input_shape: options.Shapes = None,
     dynamic_batch: options.DynamicBatch = None,
     weights: options.Weights = None,
@@ -67,6 +68,7 @@ def command(
         image_mean,
         image_std,
         trust,
+        data,
     ).program()
     import graphopt as go
     from graphopt.tuning.report import COLUMNS

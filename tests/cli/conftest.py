@@ -37,6 +37,9 @@ def broken():
 def number():
     return 3
 
+def labelled():
+    return [(torch.ones(1, 3, 16, 16), torch.tensor([2]))]
+
 def batches():
     return [torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)]
 """

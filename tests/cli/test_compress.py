@@ -102,6 +102,24 @@ def test_calibration_from_a_factory_an_npz_and_images(cli: Cli, nets: str, folde
         assert report["history"][0]["options"]["calibration"]
 
 
+def test_labelled_data_from_a_factory_and_an_npz(cli: Cli, nets: str, folder: Path) -> None:
+    labels = np.array([1, 2, 3, 4])
+    np.savez(folder / "data.npz", x=np.ones((4, 3, 16, 16), np.float32), labels=labels)
+    for source in (f"{nets}:labelled", "data.npz"):
+        options = (
+            *SHAPE,
+            "--pass",
+            "prune:score=taylor,schedule={per-layer: 0.5}",
+            "--data",
+            source,
+        )
+        report = json.loads(cli("compress", f"{nets}:tiny", *options, "--json").stdout)
+        (record,) = report["history"]
+        assert record["rewrites"] == 2
+        assert record["options"]["score"] == {"taylor": {"squared": False}}
+        assert report["stats"]["nonzero"] < 0.6 * report["stats"]["parameters"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +155,18 @@ def test_calibration_from_a_factory_an_npz_and_images(cli: Cli, nets: str, folde
             ["{nets}:tiny", *SHAPE, "--calibration", "{nets}:batches"],
             "--calibration was given and no pass takes calibration data",
         ),
+        (
+            ["{nets}:tiny", *SHAPE, "--pass", "fold-batch-norm", "--data", "{nets}:labelled"],
+            "--data was given and no pass takes labelled data",
+        ),
+        (
+            ["{nets}:tiny", *SHAPE, "--pass", "prune", "--data", "photos"],
+            "data 'photos' must be a .npz file or package.module:factory",
+        ),
+        (
+            ["{nets}:tiny", *SHAPE, "--pass", "prune", "--data", "bare.npz"],
+            "bare.npz has no array 'labels'; it holds x",
+        ),
         (["{nets}:tiny", *SHAPE, "--calibration", "absent.npz"], "input file absent.npz does not exist"),
         (["{nets}:tiny", *SHAPE, "--recipe", "no.yaml"], "recipe no.yaml cannot be read: No such file or directory"),
         (["absent.pt2", "--trust"], "model file absent.pt2 does not exist"),
@@ -155,6 +185,7 @@ def test_bad_input_is_named(
     cli: Cli, nets: str, folder: Path, arguments: list[str], message: str
 ) -> None:
     (folder / "plugin.pt2").write_bytes(b"no archive")
+    np.savez(folder / "bare.npz", x=np.zeros((1, 3, 16, 16), np.float32))
     stderr = cli("compress", *(a.format(nets=nets) for a in arguments), code=1).stderr
     assert stderr.splitlines()[-1].startswith("Error: " + message.format(nets=nets))
     assert "Traceback" not in stderr
