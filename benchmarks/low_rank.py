@@ -264,12 +264,14 @@ def main() -> None:
         with atomic_write(results) as file:
             file.write(json.dumps(body, indent=1).encode())
     rows = [held[case.key] for case, _, _ in pairs]
-    lines = [*table(rows), "", *(f"- {line}" for line in summary(rows))]
+    means_lines = [f"- {line}" for line in summary(rows)]
     if options.document is not None:
         head = ["", markdown.command_line("benchmarks/low_rank.py"), ""]
-        head += [f"{markdown.machine_line(machine_name())}, one thread.", ""]
-        markdown.replace_section(options.document, "low rank", [*head, *lines, ""])
-    print("\n".join(lines))
+        head += [f"{markdown.machine_line(machine_name())}, one thread.", "", *means_lines, ""]
+        title = f"<summary>{len(rows)} factored layers</summary>"
+        folded = ["<details>", title, "", *table(rows), "", "</details>", ""]
+        markdown.replace_section(options.document, "low rank", [*head, *folded])
+    print("\n".join([*table(rows), "", *means_lines]))
 
 
 if __name__ == "__main__":
