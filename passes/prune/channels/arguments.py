@@ -134,4 +134,4 @@ _REWRITES: dict[Any, Rewrite] = {
     )
     for name in names
     for target in ops.BY_NAME[name].targets
-}
+} | {aten.slice_scatter.default: _slice}

@@ -22,6 +22,7 @@ from graphopt.errors import PassError
 
 # The rules register themselves.
 from graphopt.passes.prune.channels import layer_rules as layer_rules
+from graphopt.passes.prune.channels import part_rules as part_rules
 from graphopt.passes.prune.channels import pointwise_rules as pointwise_rules
 from graphopt.passes.prune.channels import product_rules as product_rules
 from graphopt.passes.prune.channels import shape_rules as shape_rules

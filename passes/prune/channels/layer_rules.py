@@ -245,11 +245,13 @@ def _normalised(walk: Walk, rest: Rest, a: dict[str, Any]) -> Rest:
         return np.where(np.isfinite(rest), 0.0, UNKNOWN)
     if a["running_mean"].op != "get_attr" or a["running_var"].op != "get_attr":
         return np.full_like(rest, UNKNOWN)
-    mean = walk.program.tensor(a["running_mean"])
+    mean, variance = (
+        walk.program.tensor(a[name]).detach().cpu() for name in ("running_mean", "running_var")
+    )
     value = torch.nn.functional.batch_norm(
         torch.as_tensor(rest, dtype=mean.dtype)[None],
-        mean.detach(),
-        walk.program.tensor(a["running_var"]).detach(),
+        mean,
+        variance,
         eps=a["eps"],
     )
     return value[0].double().numpy()

@@ -89,7 +89,7 @@ def _value(walk: Walk, operand: fx.Node, rest: Rest | None, size: int) -> torch.
     if rest is not None:
         return torch.as_tensor(rest).to(dtype)
     if operand.op == "get_attr" and operand.meta["val"].numel() == 1:
-        return walk.program.tensor(operand).detach().reshape(1).expand(size)
+        return walk.program.tensor(operand).detach().cpu().reshape(1).expand(size)
     return torch.full((size,), UNKNOWN, dtype=dtype)
 
 

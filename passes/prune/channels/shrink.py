@@ -63,7 +63,7 @@ def mask(edit: Edit, keep: Mapping[Group, Tensor]) -> None:
                 and dimension.is_named
                 and _is_zeroed(coupling, dimension)
             ):
-                stays = torch.from_numpy(kept[coupling.classes.of[dimension.ids]])
+                stays = torch.from_numpy(kept[coupling.classes.of[dimension.ids]]).to(tensor.device)
                 factor.movedim(axis, -1)[..., ~stays] = 0
         if not factor.all():
             edit.set_tensor(node, torch.where(factor.bool(), tensor.detach(), 0))
@@ -104,11 +104,11 @@ def _cut(coupling: Coupling, node: fx.Node, tensor: Tensor, kept: Kept) -> Tenso
         if axis == 1 and grouped is not None:
             continue
         if isinstance(dimension, Axis) and dimension.is_named:
-            stays = torch.from_numpy(kept[of[dimension.ids]])
+            stays = torch.from_numpy(kept[of[dimension.ids]]).to(tensor.device)
             if not stays.all():
                 out = out.index_select(axis, torch.where(stays)[0])
     if grouped is not None:
-        stays = torch.from_numpy(kept[of[grouped]])
+        stays = torch.from_numpy(kept[of[grouped]]).to(tensor.device)
         rows = out.reshape(len(stays), -1, *out.shape[1:])
         out = torch.cat([block[:, columns] for block, columns in zip(rows, stays, strict=True)])
     return out
@@ -123,12 +123,8 @@ def _fold_constants(edit: Edit, coupling: Coupling, kept: Kept) -> None:
             continue
         arguments = ops.bind(node)
         weight = edit.program.tensor(arguments["weight"]).detach()
-        columns = (
-            weight[:, removed].double().flatten(2).sum(2)
-            if weight.dim() > 2
-            else weight[:, removed].double()
-        )
-        extra = columns @ torch.from_numpy(rest)[removed]
+        columns = weight.cpu().double().reshape(*weight.shape[:2], -1).sum(2)
+        extra = columns[:, removed] @ torch.from_numpy(rest)[removed]
         bias = arguments["bias"]
         if bias is not None:
             _replace_bias(edit, coupling, bias, extra)
@@ -137,14 +133,14 @@ def _fold_constants(edit: Edit, coupling: Coupling, kept: Kept) -> None:
         if isinstance(dimension, Axis):
             extra = extra[torch.from_numpy(kept[of[dimension.ids]])]
         owner = str(arguments["weight"].target).rpartition(".")[0] or node.name
-        value = edit.build(node).parameter(f"{owner}.bias", extra.to(weight.dtype))
+        value = edit.build(node).parameter(f"{owner}.bias", extra.to(weight))
         edit.replace_argument(node, "bias", value)
 
 
 def _replace_bias(edit: Edit, coupling: Coupling, bias: fx.Node, extra: Tensor) -> None:
     """Another value for a bias, which keeps its channels."""
     old = edit.program.tensor(bias)
-    edit.set_tensor(bias, (old.detach().double() + extra).to(old.dtype))
+    edit.set_tensor(bias, (old.detach().cpu().double() + extra).to(old))
     coupling.walk.parameters[id(edit.program.tensor(bias))] = coupling.walk.parameters[id(old)]
 
 

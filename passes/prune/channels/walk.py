@@ -1,6 +1,6 @@
 """One walk over a program, in order: every value gets what is known of its axes (``labels.Axis`` or ``labels.Fixed``).
 
-The rules (``layer_rules``, ``shape_rules``, ``pointwise_rules``) say what one operator does to axes. An operator without a rule freezes
+The rules (``layer_rules``, ``product_rules``, ``shape_rules``, ``part_rules``, ``pointwise_rules``) say what one operator does to axes. An operator without a rule freezes
 every channel that touches it, so that an unknown operator is never pruned through.
 """
 

@@ -319,6 +319,30 @@ def test_features_of_query_and_key_couple_and_the_scale_stays() -> None:
     check(coupling)
 
 
+def test_a_bias_written_into_follows_its_channels() -> None:
+    """As SwinV2 drops the bias of its keys."""
+
+    def network(x: Tensor, weight: Tensor, bias: Tensor, last: nn.Module) -> Tensor:
+        shift = bias.clone()
+        shift[2:4].zero_()
+        return last(F.linear(x, weight, shift))  # type: ignore[no-any-return]
+
+    tokens = torch.randn(2, 5, 4, dtype=torch.float64)
+    coupling = coupled(
+        network, tokens, last=nn.Linear(6, 2),
+        weight=nn.Parameter(torch.randn(6, 4, dtype=torch.float64)),
+        bias=nn.Parameter(torch.randn(6, dtype=torch.float64)),
+    )  # fmt: skip
+    assert [group.size for group in coupling.groups] == [
+        4,
+        2,
+    ]  # what is written into may not vanish
+    check(coupling)
+    small = shrunk(coupling.program, {0: torch.tensor([0, 3]), 1: torch.tensor([1])})
+    (scatter,) = (n for n in small.graph.nodes if "slice_scatter" in str(n.target))
+    assert scatter.args[3:] == (1, 2)
+
+
 def test_a_transposed_convolution() -> None:
     coupling = coupled(
         lambda x, first, up, last: last(up(first(x))),
