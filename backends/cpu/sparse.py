@@ -18,7 +18,7 @@ from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.sparse_gather import Gather
-from graphopt.backends.cpu.sparse_plan import SparseChoice, SparsePlan, plan_sparse
+from graphopt.backends.cpu.sparse_plan import SparseChoice, plan_sparse
 from graphopt.backends.cpu.sparse_store import SparseStore, Tile
 from graphopt.backends.cpu.workload import Conv2d, Layout
 
@@ -151,7 +151,7 @@ class _Kernel:
 
     def _sums(self, source: Buffer, start: Expr, row: Expr) -> list[Expr]:
         """The blocks of one output channel times the pixels of the tile."""
-        plan, isa = self.plan, self.isa
+        plan = self.plan
         sums = emit.Accumulators(plan.high, plan.wide, self.dtype, plan.lanes)
         bias = bind(emit.broadcast(emit.load(self.bias, row, 1), plan.lanes))
         places = [(i, j) for i in range(plan.high) for j in range(plan.wide)]

@@ -225,8 +225,7 @@ def _fits_map(plan: SparsePlan) -> bool:
 def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     """Estimated cycles of one image on one thread."""
     workload, vectors = plan.workload, plan.vectors
-    x, y = workload.x, workload.y
-    kh = workload.kernel[0]
+    x, kh = workload.x, workload.kernel[0]
     maps, lines = 1, plan.high * plan.lines
     if not plan.flat:
         maps, lines = plan.maps, lines + (kh - 1) * workload.dilation[0] // workload.stride[0]

@@ -178,7 +178,8 @@ def test_products_that_leave_int32_are_clamped_before_they_are_rounded(epilogue:
     data = masked(random_data(workload), 0.5)
     data = dataclasses.replace(data, multiplier=np.full(24, 1e6, np.float32))
     wanted = rounds_in_range(as_planar(workload), data.weight, data.bias, data.multiplier)
-    assert wanted.epilogue.requantize is not None and not wanted.epilogue.requantize.fits
+    assert wanted.epilogue.requantize is not None
+    assert not wanted.epilogue.requantize.fits
     expected = reference(workload, data).astype(np.uint8)
     np.testing.assert_array_equal(run_sparse(workload, SPARSE_ROWS[0], data), expected)
 
@@ -267,7 +268,8 @@ def test_the_estimate_falls_with_the_blocks() -> None:
         forms = compare(
             workload, masked(random_data(workload), zeros).weight, ISAS["avx512-vnni"], 1
         )
-        assert forms is not None and forms.sparse is not None
+        assert forms is not None
+        assert forms.sparse is not None
         estimates.append(forms.sparse / forms.dense)
     assert estimates == sorted(estimates, reverse=True)
     assert estimates[0] > 0.8
