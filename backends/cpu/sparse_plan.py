@@ -25,7 +25,8 @@ _MOST_VECTORS = {
 }  # by registers: beside a tile stand the half-packed sums of another channel
 _WIDEST_OFFSET = 1 << 16
 _LOAD_CYCLES = 0.6  # a vector from L1
-_L2_LOAD_CYCLES = 1.1
+_L2_LOAD_CYCLES = 1.3
+_STREAM_CYCLES = 1.6  # a line of a tile's input, when it is first read
 _L1_SHARE = 1.2  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
 _LATENCY = 3.2  # of a step
 _ROW_CYCLES = 8.0  # a channel of a tile: its loop, its constants
@@ -34,6 +35,7 @@ _RESIDUAL_CYCLES = 3.5
 _CROWDED_CYCLES = 16.0  # a row of a tile that spills
 _PAGES = 64  # that the first TLB holds beside others
 _PAGE_BYTES = 4096
+_LINE_BYTES = 64
 _PAGE_CYCLES = 0.3  # a vector
 _GATHER_CYCLES = 1.6  # a vector copied
 _GATHER_LINE_CYCLES = 4.0
@@ -243,7 +245,7 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     if vectors == _MOST_VECTORS[isa.registers] and x.dtype == "uint8":
         row += _CROWDED_CYCLES
     tiles = plan.chunks * plan.chunk * plan.tiles_wide
-    cycles = tiles * plan.rows * row
+    cycles = tiles * (plan.rows * row + tile_bytes / _LINE_BYTES * _STREAM_CYCLES)
     if not plan.flat:
         line = plan.vectors_wide * _GATHER_CYCLES + _GATHER_LINE_CYCLES
         cycles += plan.chunks * plan.maps * x.planes * plan.gathered_lines * line
@@ -264,9 +266,8 @@ def plan_sparse(workload: Conv2d, isa: Isa, choice: SparseChoice | None = None) 
         SparsePlan(workload, isa.lanes, flat, c.high, c.wide, c.chunk)
         for c in _candidates(workload, isa)
     )
-    most = isa.l2_bytes // 2
     fitting = [plan for plan in plans if _fits_map(plan)]
-    small = [plan for plan in fitting if 4 * plan.gathered_pixels <= most]
+    small = [plan for plan in fitting if 4 * plan.gathered_pixels <= isa.l2_bytes]
     least = min(fitting, key=lambda plan: plan.gathered_pixels)
     return min(small or [least], key=lambda plan: _cycles(plan, isa, _TYPICAL_DENSITY))
 
