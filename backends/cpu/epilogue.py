@@ -106,7 +106,9 @@ def _in_order(isa: Isa, q: Expr) -> Expr:
 def interleaved(isa: Isa, q: Expr) -> Expr:
     """The packs' bytes with those of one lane side by side: byte ``i`` of a lane is from vector ``i``."""
     size = PACKED_VECTORS * isa.lanes
-    order = [16 * part + 4 * i + k for part in range(size // 16) for k in range(4) for i in range(4)]
+    order = [
+        16 * part + 4 * i + k for part in range(size // 16) for k in range(4) for i in range(4)
+    ]
     return tirx.Shuffle([bind(q)], order)
 
 

@@ -8,6 +8,7 @@ on the source's side are planar. Sums of two planar tensors cost the same in eit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx
 from torch import fx
@@ -64,7 +65,7 @@ def _is_neutral(step: Step) -> bool:
 
 
 def _cut(plan: Plan, sparse: dict[fx.Node, Forms]) -> set[fx.Node]:
-    graph = networkx.DiGraph()
+    graph: networkx.DiGraph[Any] = networkx.DiGraph()
     graph.add_nodes_from((_PLANAR, _NHWC))
     free = {n for n, step in plan.steps.items() if n in sparse or _is_neutral(step)}
     for node, forms in sparse.items():
@@ -82,7 +83,7 @@ def _cut(plan: Plan, sparse: dict[fx.Node, Forms]) -> set[fx.Node]:
 
 
 def _add_value(
-    graph: networkx.DiGraph,
+    graph: networkx.DiGraph[Any],
     value: fx.Node,
     maker: fx.Node | str,
     readers: list[fx.Node | str],

@@ -34,7 +34,8 @@ class Net(nn.Module):
         self.fc = nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
+        y: torch.Tensor = self.fc(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
+        return y
 
 
 def test_the_recipe_runs() -> None:

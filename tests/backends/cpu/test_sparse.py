@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests.backends.cpu.conv_harness import (
 from tests.backends.cpu.stream_harness import ROWS, run
 
 SPARSE_ROWS = [row for row in ROWS if row.lanes >= 8]
-NO_PADDING = {"kernel": (1, 1), "padding": (0, 0)}
+NO_PADDING: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0)}
 RESIDUAL = Epilogue(requantize=REQUANTIZE, residual_add=RESIDUAL_ADD)
 
 SHAPES: dict[str, Conv2d] = {
@@ -193,10 +194,18 @@ def test_threads_make_the_same_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", [SparseChoice(1, 2), SparseChoice(3, 2), SparseChoice(2, 1, 4), SparseChoice(7, 1, 4)]
+    "choice",
+    [
+        SparseChoice(1, 2),
+        SparseChoice(3, 2),
+        SparseChoice(2, 1, 4),
+        SparseChoice(7, 1, 4),
+        SparseChoice(1, 2, 1, 2),
+        SparseChoice(1, 2, 2, 4),
+    ],
 )
 def test_every_cut_makes_the_same_bytes(choice: SparseChoice) -> None:
-    workload = conv_workload((8, 12), (28, 32))
+    workload = conv_workload((14, 10), (28, 32), x_channel_stride=16)
     data = masked(random_data(workload), 0.7)
     expected = reference(workload, data).astype(np.uint8)
     actual = run_sparse(workload, ISAS["avx512-vnni"], data, choice=choice)

@@ -78,7 +78,8 @@ class Small(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for name in (*CONVOLUTIONS, "low-rank-linear"):
             x = torch.relu(self.get_submodule(name)(x))
-        return self.head(x.mean((2, 3)))
+        y: torch.Tensor = self.head(x.mean((2, 3)))
+        return y
 
 
 @functools.cache
