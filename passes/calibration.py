@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt import ops
 from graphopt.edit import Edit
 from graphopt.errors import CalibrationError
+from graphopt.modes import is_training
 from graphopt.passes import layer
 from graphopt.program import Program, check_input
 
@@ -48,8 +49,13 @@ def run_batches(
     """Run the program batch by batch without gradients; ``look(run, node, value)`` at inputs and watched float values.
 
     A batch is a tensor or the tuple of the program's inputs. One that is a multiple of the captured batch size is cut
-    into pieces of that size. Raises CalibrationError where there is no batch.
+    into pieces of that size. Raises CalibrationError where there is no batch, and for a program in training mode, whose
+    values depend on the batch and whose running statistics would move.
     """
+    if is_training(edit.program.graph):
+        raise CalibrationError(
+            f"{edit.pass_name}: calibration runs a program in evaluation mode; call program.eval() before"
+        )
     seen = 0
     for inputs in edit.progress(batches(edit.program, calibration, edit.pass_name), label):
         Run(edit.program, watched, look, seen).run(*inputs)

@@ -78,8 +78,8 @@ class Candidate:
 class Factorize(Pass):
     """A layer becomes a chain of cheaper ones. Subclasses say of which operators, and how a weight is decomposed.
 
-    ``rank`` is a number, "vbmf", {"energy": 0.9}, {"macs": 0.5} or {"parameters": 0.5}, as in ``ranks.Rank``; ``layers`` and ``exclude`` name layers (operators, globs of node names or module paths).
-    With ``calibration``, an iterable of input batches, the error is that of each layer's output on the data: the
+    ``rank`` is a number, "vbmf", {"energy": 0.9}, {"macs": 0.5} or {"parameters": 0.5}, as in ``ranks.Rank``; ``layers``
+    and ``exclude`` name layers (operators, globs of node names or module paths). With ``calibration``, an iterable of input batches, the error is that of each layer's output on the data: the
     decomposition sees weights whitened by the inputs' covariance, the last factor is fitted to the outputs, and the bias
     takes up the mean error. ``rows`` positions of each layer are kept for that.
     """

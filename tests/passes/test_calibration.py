@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import graphopt as go
 from graphopt.edit import Edit
@@ -160,3 +161,16 @@ def test_rows_that_do_not_enter_are_not_made():
     made = sum(offer(sample, start, 10) for start in range(0, 1000, 10))
     assert sample.seen == 1000
     assert made < 40  # about 2 * ln(1000 / 2)
+
+
+def test_a_program_in_training_mode_is_not_run():
+    program = capture(lambda m, x: m.norm(m.a(x)), 2, 3, 8, 8, a=conv(3, 8), norm=nn.BatchNorm2d(8))
+    layer = next(n for n in program.graph.nodes if n.name == "conv2d")
+    seen: list[int] = []
+    training = program.train()
+    with pytest.raises(CalibrationError) as error:
+        watch(Edit(training, "p"), [layer], data(program), lambda *item: seen.append(1))
+    assert str(error.value) == (
+        "p: calibration runs a program in evaluation mode; call program.eval() before"
+    )
+    assert not seen

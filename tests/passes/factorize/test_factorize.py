@@ -242,6 +242,30 @@ def test_data_lowers_the_error_on_data(name):
     assert error(fitted) < 0.8 * error(plain)
 
 
+@pytest.mark.parametrize("bias", ["none", "shared", "computed"])
+def test_the_mean_error_goes_to_a_bias_of_its_own(bias):
+    """W x on inputs of mean 1: whatever the layer's bias is, the mean of the output stays."""
+    x, w = example(400, 24, seed=1) + 1.0, nn.Parameter(example(20, 24))
+    b = nn.Parameter(example(20, seed=2))
+
+    def body(x, w, b):
+        if bias == "none":
+            return nn.functional.linear(x, w) + b
+        if bias == "shared":
+            return nn.functional.linear(x, w, b) + b
+        return nn.functional.linear(x, w, b.tanh()) + b
+
+    program = captured(body, x, w=w, b=b)
+    factored = go.passes.LowRankLinear(rank=2, calibration=[x])(program)
+    assert rewrites(factored) == 1
+    with torch.no_grad():
+        before, after = program(x), factored(x)
+    assert float((before - after).norm() / before.norm()) > 0.1
+    # sums of 400 in float32
+    torch.testing.assert_close(before.mean(dim=0), after.mean(dim=0), atol=1e-4, rtol=0)
+    assert torch.equal(factored.graph_module.get_parameter("b"), b)
+
+
 @pytest.mark.parametrize("name", ["low-rank-linear", "tucker-conv"])
 def test_data_that_is_missing_or_bad_is_an_error(name):
     program = network(name)
