@@ -75,7 +75,7 @@ class _Kernel:
         if self.integer:
             self.multiplier = argument("multiplier", (plan.rows,), "float32")
         self.taps = argument("taps", (stored,), "uint16")
-        self.starts = argument("starts", (plan.rows + 1,), "int32")
+        self.starts = argument("starts", (plan.parts * plan.rows + 1,), "int32")
         residual = None
         if workload.residual is not None:
             residual = activations("residual", workload.residual)
@@ -138,7 +138,9 @@ class _Kernel:
 
     def _tile(self, source: Buffer, start: Expr, tile: Tile, low: Expr, high: Expr) -> None:
         """One register tile of all output planes from ``low`` to ``high``."""
-        lanes, group = self.plan.lanes, self.workload.y.group
+        plan, lanes, group = self.plan, self.plan.lanes, self.workload.y.group
+        waiting = self._first_parts(source, start, low * group, high * group)
+        last = (plan.parts - 1) * plan.rows
         with T.serial(low, high) as plane:
             self.store.begin(tile, plane)
             for channel in range(group):
@@ -146,19 +148,54 @@ class _Kernel:
                 multiplier = None
                 if self.multiplier is not None:
                     multiplier = bind(emit.broadcast(emit.load(self.multiplier, row, 1), lanes))
-                self.store.channel(channel, self._sums(source, start, row), multiplier)
+                sums = self._sums(source, start, row, last, self._waiting(waiting, row))
+                self.store.channel(channel, sums, multiplier)
             self.store.finish()
 
-    def _sums(self, source: Buffer, start: Expr, row: Expr) -> list[Expr]:
-        """The blocks of one output channel times the pixels of the tile."""
+    def _first_parts(self, source: Buffer, start: Expr, low: Expr, high: Expr) -> Buffer | None:
+        """The sums over all parts of the input planes but the last, in memory; None where there is one part."""
+        plan, lanes = self.plan, self.plan.lanes
+        if plan.parts == 1:
+            return None
+        size = plan.rows * plan.vectors * lanes
+        waiting = T.alloc_buffer((size,), self.dtype, scope="global")
+
+        def part(number: Expr, begins: bool) -> None:
+            with T.serial(low, high) as row:
+                before = None if begins else self._waiting(waiting, row)
+                sums = self._sums(source, start, row, number * plan.rows, before)
+                for i, total in enumerate(sums):
+                    emit.store(waiting, (row * plan.vectors + i) * lanes, total)
+
+        part(0, True)
+        if plan.parts > 2:
+            with T.serial(1, plan.parts - 1) as number:
+                part(number, False)
+        return waiting
+
+    def _waiting(self, waiting: Buffer | None, row: Expr) -> list[Expr] | None:
+        """A row's sums so far."""
+        if waiting is None:
+            return None
+        vectors, lanes = self.plan.vectors, self.plan.lanes
+        return [
+            bind(emit.load(waiting, (row * vectors + i) * lanes, lanes)) for i in range(vectors)
+        ]
+
+    def _sums(
+        self, source: Buffer, start: Expr, row: Expr, part: Expr, before: list[Expr] | None
+    ) -> list[Expr]:
+        """A part's blocks of one output channel times the pixels of the tile, added to what is there or to the bias."""
         plan = self.plan
         sums = emit.Accumulators(plan.high, plan.wide, self.dtype, plan.lanes)
-        bias = bind(emit.broadcast(emit.load(self.bias, row, 1), plan.lanes))
         places = [(i, j) for i in range(plan.high) for j in range(plan.wide)]
-        for place in places:
-            sums.set(*place, bias)
-        first = bind(emit.load(self.starts, row, 1))
-        count = bind(emit.load(self.starts, row + 1, 1) - first)
+        if before is None:
+            bias = bind(emit.broadcast(emit.load(self.bias, row, 1), plan.lanes))
+            before = [bias] * len(places)
+        for place, value in zip(places, before, strict=True):
+            sums.set(*place, value)
+        first = bind(emit.load(self.starts, part + row, 1))
+        count = bind(emit.load(self.starts, part + row + 1, 1) - first)
 
         def step(place: Expr, weight: list[Expr]) -> None:
             x = bind(start + place * plan.unit)

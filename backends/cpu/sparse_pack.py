@@ -32,6 +32,16 @@ def density(weight: Array) -> float:
     return float(np.any(blocks(weight), axis=-1).mean())
 
 
+def _parted(filled: Array, plan: SparsePlan) -> Array:
+    """Which taps each row has, part by part: the rows of all parts one after the other, pad channels with them."""
+    parted = np.zeros((plan.parts, plan.rows, filled.shape[1]), bool)
+    size = plan.part_planes * (filled.shape[1] // plan.workload.x.planes)
+    for part in range(plan.parts):
+        taps = slice(part * size, (part + 1) * size)
+        parted[part, : filled.shape[0], taps] = filled[:, taps]
+    return parted.reshape(plan.parts * plan.rows, -1)
+
+
 def _zigzag(filled: Array) -> tuple[Array, Array]:
     """Rows and taps of the blocks; every other row backwards: it begins with the pixels that the row before left in L1."""
     rows, taps = np.nonzero(filled)
@@ -51,14 +61,14 @@ def pack_sparse(
     weight = weight.astype(np.float32 if dtype == np.float32 else np.int8, copy=False)
     cut = blocks(weight)
     filled = np.any(cut, axis=-1)
-    rows, taps = _zigzag(filled)
+    rows, taps = _zigzag(_parted(filled, plan))
     size = max(1, rows.size)  # no tensor is empty
     values, index = np.zeros(size, dtype), np.zeros(size, np.uint16)
-    values[: rows.size] = np.ascontiguousarray(cut[rows, taps]).view(dtype).reshape(-1)
+    chosen = np.ascontiguousarray(cut[rows % plan.rows, taps])
+    values[: rows.size] = chosen.view(dtype).reshape(-1)
     index[: taps.size] = np.array(plan.offsets())[taps] // plan.unit
-    starts = np.zeros(plan.rows + 1, np.int32)
-    starts[1 : weight.shape[0] + 1] = np.cumsum(filled.sum(axis=1))
-    starts[weight.shape[0] + 1 :] = rows.size
+    counts = np.bincount(rows, minlength=plan.parts * plan.rows)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
 
     def per_row(source: Array) -> Array:
         padded = np.zeros(plan.rows, source.dtype)

@@ -9,6 +9,7 @@ short lines, several of them filling one), so that all taps load aligned vectors
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ _L2_LOAD_CYCLES = 1.3
 _STREAM_CYCLES = 1.6  # a line of a tile's input, when it is first read
 _L1_SHARE = 1.2  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
 _LATENCY = 3.2  # of a step
+_MOST_PARTS = 8
+_LEAST_PLANES = 16  # of a part
+_WAIT_CYCLES = 2.0  # a vector of sums stored and loaded again
 _ROW_CYCLES = 8.0  # a channel of a tile: its loop, its constants
 _EPILOGUE_CYCLES = 1.0  # a vector, mostly beside the products
 _RESIDUAL_CYCLES = 3.5
@@ -43,11 +47,13 @@ _GATHER_LINE_CYCLES = 4.0
 
 @dataclass(frozen=True)
 class SparseChoice:
-    """What is free in the cut: the register tile in vectors, down and across, and the tiles down a gathered chunk."""
+    """What is free in the cut: the register tile in vectors, down and across, the tiles down a gathered chunk, and the
+    parts that the input's planes are worked on in."""
 
     high: int
     wide: int
     chunk: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class SparsePlan:
     """The cut of one sparse convolution; offsets and sizes in pixels of 32 bits.
 
     A vector holds ``lines`` output lines of ``pitch`` pixels each, or a part of one (``lines`` 1). ``phases`` are the input
-    rows modulo the stride that some tap reads.
+    rows modulo the stride that some tap reads. ``parts``: a tile's sums over a part of the input planes wait in memory for
+    the next part, so that the pixels of a part stay in L1 for all output channels.
     """
 
     workload: Conv2d
@@ -64,6 +71,7 @@ class SparsePlan:
     high: int
     wide: int
     chunk: int
+    parts: int = 1
 
     @property
     def width(self) -> int:
@@ -155,6 +163,11 @@ class SparsePlan:
         return (column * len(self.phases) + self.phases.index(phase)) * self.workload.x.planes
 
     @property
+    def part_planes(self) -> int:
+        """Input planes of a part; the last may have fewer."""
+        return -(-self.workload.x.planes // self.parts)
+
+    @property
     def unit(self) -> int:
         """Pixels that every tap's offset is a multiple of."""
         return PLANE_PIXELS if self.flat else math.gcd(PLANE_PIXELS, self.pitch)
@@ -217,6 +230,10 @@ def _candidates(workload: Conv2d, isa: Isa) -> Iterator[SparseChoice]:
             yield from (SparseChoice(high, wide, chunk) for chunk in sorted(chunks) if chunk > 1)
 
 
+def _plan(workload: Conv2d, isa: Isa, c: SparseChoice) -> SparsePlan:
+    return SparsePlan(workload, isa.lanes, _is_flat(workload), c.high, c.wide, c.chunk, c.parts)
+
+
 def _fits_map(plan: SparsePlan) -> bool:
     """True where tiles stay in the map; a single one may hold lines more than it has."""
     return plan.chunk_lines <= plan.height or (
@@ -233,7 +250,7 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
         maps, lines = plan.maps, lines + (kh - 1) * workload.dilation[0] // workload.stride[0]
     across = min(plan.wide * plan.lanes, plan.pitch) if not plan.flat else plan.wide * plan.lanes
     tile_bytes = 4 * x.planes * maps * lines * across
-    hit = min(1.0, _L1_SHARE * isa.l1_bytes / tile_bytes)
+    hit = min(1.0, _L1_SHARE * isa.l1_bytes / (tile_bytes / plan.parts))
     products = 1 if isa.dot_accumulates or x.dtype == "float32" else 3
     load = hit * _LOAD_CYCLES + (1 - hit) * _L2_LOAD_CYCLES
     if 4 * plan.gathered_pixels > _PAGES * _PAGE_BYTES:
@@ -241,7 +258,8 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES)
     blocks = density * x.planes * kh * workload.kernel[1]
     epilogue = _EPILOGUE_CYCLES if workload.residual is None else _RESIDUAL_CYCLES
-    row = blocks * step + _ROW_CYCLES + vectors * epilogue
+    row = blocks * step + plan.parts * _ROW_CYCLES + vectors * epilogue
+    row += (plan.parts - 1) * vectors * _WAIT_CYCLES
     if vectors == _MOST_VECTORS[isa.registers] and x.dtype == "uint8":
         row += _CROWDED_CYCLES
     tiles = plan.chunks * plan.chunk * plan.tiles_wide
@@ -259,17 +277,19 @@ _TYPICAL_DENSITY = (
 
 def plan_sparse(workload: Conv2d, isa: Isa, choice: SparseChoice | None = None) -> SparsePlan:
     """Cut a convolution, by ``choice`` or else by the cost model."""
-    flat = _is_flat(workload)
     if choice is not None:
-        return SparsePlan(workload, isa.lanes, flat, choice.high, choice.wide, choice.chunk)
-    plans = (
-        SparsePlan(workload, isa.lanes, flat, c.high, c.wide, c.chunk)
-        for c in _candidates(workload, isa)
-    )
+        return _plan(workload, isa, choice)
+    plans = [_plan(workload, isa, choice) for choice in _candidates(workload, isa)]
     fitting = [plan for plan in plans if _fits_map(plan)]
     small = [plan for plan in fitting if 4 * plan.gathered_pixels <= isa.l2_bytes]
     least = min(fitting, key=lambda plan: plan.gathered_pixels)
-    return min(small or [least], key=lambda plan: _cycles(plan, isa, _TYPICAL_DENSITY))
+    most = max(1, min(_MOST_PARTS, workload.x.planes // _LEAST_PLANES))
+    parted = [
+        dataclasses.replace(plan, parts=parts)
+        for plan in small or [least]
+        for parts in range(1, most + 1)
+    ]
+    return min(parted, key=lambda plan: _cycles(plan, isa, _TYPICAL_DENSITY))
 
 
 def estimate(workload: Conv2d, isa: Isa, density: float) -> float:

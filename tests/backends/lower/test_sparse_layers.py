@@ -125,7 +125,7 @@ def test_few_zeros_do_not_pay() -> None:
 
 
 def test_targets_without_sparse_kernels_stay_dense() -> None:
-    artifact = go.compile(_program(0.9, integer=True)[0], target="sse4", threads=1)
+    artifact = go.compile(_program(0.9, integer=True)[0], target="x86-64", threads=1)
     assert not _kernels(artifact, "sparse_")
 
 
