@@ -41,9 +41,14 @@ def check(library: str, name: str, pass_name: str) -> None:
     for reason in Counter(reasons(factored)):
         assert "kernel" in reason or "groups" in reason, reason
     if pass_name == "low-rank-linear":
-        half = PASSES[pass_name](rank={"parameters": 0.8})(program).history[-1]
-        assert half.parameters[1] <= 0.8 * half.parameters[0]
-        assert half.layers
+        budget = PASSES[pass_name](rank={"parameters": 0.8})(program).history[-1]
+        if name == "resnet18":  # a twentieth of its parameters are in such layers
+            start = "0.8 of the network's parameters cannot be reached: the layers that can be "
+            assert sum(reason.startswith(start) for _, reason in budget.declines) == applicable
+            assert not budget.rewrites
+        else:
+            assert budget.parameters[1] <= 0.8 * budget.parameters[0]
+            assert budget.layers
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
