@@ -71,7 +71,9 @@ class Heads(nn.Module):
             y = torch.softmax(q * 0.5 @ k.transpose(-2, -1), -1) @ v
         y = self.out(y.transpose(1, 2).reshape(n, h * w, self.heads * 3))
         result: Tensor = y.transpose(1, 2).reshape(n, c, h, w)
-        return result
+        # torch 2.13's batch norm in evaluation takes a wrong slope where its input is channels last, and that of its
+        # output is not
+        return result.contiguous()
 
 
 class NonLocal(nn.Module):
@@ -325,7 +327,9 @@ class Grower(_Grower):
             lambda x: x - x.mean((2, 3), keepdim=True),
             lambda x: x * x.sum(1, keepdim=True).tanh(),
             lambda x: x * x.mean(1, keepdim=True),
-            lambda x: x / (1 + x.amax((2, 3), keepdim=True).abs()),
+            lambda x: (
+                x / (1 + x.square().mean((2, 3), keepdim=True))
+            ),  # a maximum's slope hangs on ties
             lambda x: x / x.norm(dim=1, keepdim=True).clamp_min(1e-3),
         )
         self.call("reduced", functions[self.choose(range(len(functions)))])

@@ -13,7 +13,7 @@ from graphopt.errors import PassError
 from graphopt.passes.prune import channels
 from tests.models import example
 from tests.passes.helpers import network
-from tests.passes.prune.channels.helpers import draw, masked, shrunk
+from tests.passes.prune.channels.helpers import cut, draw, masked, shrunk
 
 
 def small_network() -> go.Program:
@@ -102,6 +102,31 @@ def test_masked_channels_grow_back_and_shrunk_networks_train() -> None:
     soft = masked(program, kept).graph_module
     assert soft.get_parameter("0.weight").requires_grad
     assert not soft.get_parameter("0.weight")[1:5].any()
+
+
+def test_training_mode() -> None:
+    """Statistics of the batch, and the running ones that they update, are those of the channels that stay."""
+    torch.manual_seed(0)
+    parts = [
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.BatchNorm2d(12),
+    ]
+    model = nn.Sequential(*parts, nn.Hardswish(), nn.Conv2d(12, 4, 1))
+    program = go.capture(model.eval(), (example(2, 3, 8, 8),)).copy().train()
+    choice = {0: torch.tensor([0, 5, 6]), 1: torch.tensor([1, 2, 3, 11])}
+    zeroed, small = masked(program, choice), shrunk(program, choice)
+    x = program.example_inputs[0] + 0.5
+    # float32: 6e-8 a rounding, sums of at most a few hundred terms of size 1
+    assert difference(zeroed(x), small(x)) <= 1e-4
+    coupling = channels.couple(program)
+    expected = cut(coupling, choice, zeroed.graph_module.state_dict())
+    running = {n: v for n, v in small.graph_module.state_dict().items() if "running" in n}
+    assert len(running) == 4
+    for name, value in running.items():
+        assert difference(expected[name], value) <= 1e-4
 
 
 def test_a_dynamic_batch_stays_dynamic() -> None:

@@ -86,9 +86,8 @@ def test_couplings_of(name: str) -> None:
     zeroed, small = masked(program, choice), shrunk(program, choice)
     with torch.no_grad():
         error = difference(zeroed(*program.example_inputs), small(*program.example_inputs))
-    assert (
-        error <= 1e-10
-    )  # float64: 1e-16 a rounding, some thousand terms of size 1, a hundred layers
+    # float64: 1e-16 a rounding, sums of some thousand terms of size 1, a hundred layers
+    assert error <= 1e-10
     keep = {coupling.groups[number]: kept for number, kept in choice.items()}
     cost, stats = channels.CostModel(coupling)(keep), small.stats()
     assert (cost.parameters, cost.macs) == (stats.parameters, stats.macs)
