@@ -25,9 +25,9 @@ from graphopt.registry import register
 @register
 @dataclass(frozen=True)
 class Prune(Pass):
-    """``layer(x, W) -> layer(x, W * M)``: M is 0 where ``score`` is low, as far as ``schedule`` asks, in the pattern of ``granularity``.
+    """``layer(x, W) -> layer(x, W * M)``, M of zeros and ones; or the layer without some of its channels.
 
-    For convolutions in 1 to 3 dimensions, transposed ones and linear layers. M is a buffer, so that W trains on and what
+    M is 0 where ``score`` is low, as far as ``schedule`` asks, in the pattern of ``granularity``. For convolutions in 1 to 3 dimensions, transposed ones and linear layers. M is a buffer, so that W trains on and what
     is pruned stays 0 under any optimizer; ``apply-masks`` makes it permanent. A second run moves the masks that are
     there: what is pruned stays so (``monotone``), or may come back with the value it had (``monotone=False``).
 

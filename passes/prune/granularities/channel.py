@@ -96,9 +96,7 @@ def _along(values: Tensor, member: Member) -> Tensor:
     """The sums over everything but the member's axis, in the shape of ``member.channel``."""
     if member.channel.dim() == 1:
         return values.movedim(member.axis, 0).flatten(1).sum(1)
-    groups = member.channel.shape[
-        0
-    ]  # [groups, inputs a group]: each group of rows has columns of its own
+    groups = member.channel.shape[0]  # each group of rows has columns of its own
     rows = values.reshape(groups, -1, *values.shape[1:])
     return rows.transpose(1, 2).flatten(2).sum(2)
 
@@ -114,10 +112,10 @@ def _mask(mask: Tensor, member: Member, stays: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Channel(Granularity):
-    """Output channels of layers, with the norms on them, the inputs of the layers that read them, and all channels tied to
-    them by residual adds, concatenations, depthwise and grouped convolutions or reshapes (Li et al. 2017, Fang et al. 2023).
+    """``W[o, i, ...]`` without rows and columns: a channel goes with all that makes or reads it (Li et al. 2017, Fang et al. 2023).
 
-    Parameters lose rows and columns: no mask is left. ``of``: what the schedule's sparsity is a share of, the network's
+    With it go the norms on it and the channels tied to it by residual adds, concatenations, depthwise and grouped
+    convolutions or reshapes. Parameters lose rows and columns: no mask is left. ``of``: what the schedule's sparsity is a share of, the network's
     multiply-accumulates, its parameters, or each group's channels. ``multiple``: as many channels stay as are a multiple of
     it, where the group allows it (8 or 16 suit vector units). ``layers`` and ``exclude`` of the pass name the layers that
     make the channels; a layer that is left out may still lose inputs. Declines channels that the outputs show, or that an
