@@ -324,3 +324,25 @@ def test_one_dimension(name):
     factored = PASSES[name](rank=1)(program)
     assert rewrites(factored) == 1
     assert gap(program, factored) < (5e-3 if name == "cp-conv" else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "reason"),
+    [
+        ("low-rank-linear", (3, 3), "its kernel is 3 x 3; spatial-svd, tucker-conv or cp-conv factor it"),
+        ("spatial-svd", (1, 3), "its kernel is 1 x 3: there is nothing to separate"),
+        ("tucker-conv", (1, 1), "a 1 x 1 kernel is a matrix; low-rank-linear factors it"),
+        ("cp-conv", (1, 1), "a 1 x 1 kernel is a matrix; low-rank-linear factors it"),
+        ("flattened-conv", (3, 1), "its kernel is 3 x 1: it is flat already"),
+        ("depthwise-separable", (1, 1), "a 1 x 1 kernel is pointwise already"),
+    ],
+)  # fmt: skip
+def test_kernels_that_do_not_fit_are_declined(name, kernel, reason):
+    factored = PASSES[name](rank=1)(alone(nn.Conv2d(16, 20, kernel), 1, 16, 6, 6))
+    assert (rewrites(factored), reasons(factored)) == (0, [reason])
+
+
+def test_restarts_are_at_least_one():
+    with pytest.raises(PassError) as error:
+        go.passes.CpConv(restarts=0)
+    assert str(error.value) == "cp-conv: restarts must be at least 1, not 0"
