@@ -7,13 +7,13 @@ import gc
 import numpy as np
 import pytest
 
-from graphopt.pages import empty_together
+from graphopt.pages import Spec, empty_together
 from graphopt.weights_file import is_aligned
 
 
 @pytest.mark.parametrize("large", [0, 3 * 2**20], ids=["small pages", "large pages"])
 def test_arrays_are_aligned_and_disjoint(large: int) -> None:
-    specs = [
+    specs: list[Spec] = [
         ((3, 5), np.dtype(np.float32)),
         ((0, 4), np.dtype(np.int8)),
         ((), np.dtype(np.int64)),

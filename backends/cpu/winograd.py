@@ -300,9 +300,9 @@ class _Kernel:
         if self.integer:
             self.store.finish(lambda pixel, _: sums[pixel], 0, TILE, target)
             return
-        for column, value in enumerate(sums):
+        for column in range(TILE):
             with self._unless_written(place, row, column):
-                self.store.finish(lambda _, __, value=value: value, column, 1, target)
+                self.store.finish(lambda pixel, _: sums[pixel], column, 1, target)
 
     def _sums(
         self, products: Buffer, source: Expr, vectors: int, channel: Expr
