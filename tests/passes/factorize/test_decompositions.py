@@ -7,7 +7,7 @@ from graphopt.passes.factorize.decomposition import Decomposition, compose
 from tests.models import example
 from tests.passes.factorize.layers import PASSES
 
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "low-rank-linear": [(12, 20), (20, 12), (9, 7, 1, 1)],
     "spatial-svd": [(8, 6, 3, 3), (6, 8, 2, 5)],
     "tucker-conv": [(8, 6, 3, 3), (40, 3, 3, 3), (4, 30, 1, 3), (9, 8, 5)],
