@@ -195,11 +195,8 @@ class _Emitter:
         root = self.plan.root(node)
         if root in self.planar and root not in self.physical:
             layout = self.plan.layouts[root]
-            kernel = reordered(planar(layout), layout, self.context)
-            name, source = f"{node.name}_nhwc", self.planar[root]
-            self.physical[root] = self._kernel(
-                kernel, [source], layout.shape, layout.dtype, name, [root]
-            )
+            source = self.planar[root]
+            self.physical[root] = self._reorder(source, planar(layout), layout, [root])
         if root not in self.physical:
             layout, dense = self.plan.layouts[root], image_layout(root)
             if _is_nchw(layout):
@@ -218,11 +215,7 @@ class _Emitter:
         layout = planar(self.plan.layouts[root])
         if root not in self.planar:
             source, physical = self._physical_input(value)
-            kernel = reordered(physical, layout, self.context)
-            name = f"{root.name}_planar"
-            self.planar[root] = self._kernel(
-                kernel, [source], layout.shape, layout.dtype, name, [root]
-            )
+            self.planar[root] = self._reorder(source, physical, layout, [root])
         return self.planar[root], layout
 
     def _nchw(self, node: fx.Node) -> fx.Node:
@@ -241,6 +234,9 @@ class _Emitter:
             return
         if step.output in self.orders.planar:
             self._planar_step(step)
+            return
+        if step.output in self.orders.rows:
+            self._sparse_rows(step)
             return
         inputs, layouts = [], []
         for value, plain in zip(step.inputs, step.plain_inputs, strict=True):
@@ -269,6 +265,25 @@ class _Emitter:
         self.planar[step.output] = self._kernel(
             kernel, sources, output.shape, output.dtype, name, step.nodes
         )
+
+    def _sparse_rows(self, step: Step) -> None:
+        """A sparse linear layer between plain rows."""
+        inputs, layouts = [], []
+        for value in step.inputs:
+            rows, layout = self._plain_input(step, value)
+            layouts.append(planar(layout))
+            inputs.append(self._reorder(rows, layout, layouts[-1], [value]))
+        output = dense_rows(step.output)
+        planes = planar(output)
+        kernel = step.kernel(self.context, layouts, planes)
+        name = f"{step.output.name}_planes"
+        made = self._kernel(kernel, inputs, planes.shape, output.dtype, name, step.nodes)
+        rows = self._reorder(made, planes, output, step.nodes)
+        self.plain[step.output] = self._logical(rows, step.output)
+
+    def _reorder(self, source: fx.Node, x: Layout, y: Layout, nodes: list[fx.Node]) -> fx.Node:
+        kernel, name = reordered(x, y, self.context), f"{nodes[-1].name}_{y.order}"
+        return self._kernel(kernel, [source], y.shape, y.dtype, name, nodes)
 
     def _one_tensor(self, step: Step) -> None:
         """The kernels of the inputs have each written their channels of the whole tensor."""

@@ -7,7 +7,7 @@ on the source's side are planar. Sums of two planar tensors cost the same in eit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx
@@ -18,7 +18,7 @@ from graphopt.backends.cpu.workload import Layout
 from graphopt.backends.lower.convolution import ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep
 from graphopt.backends.lower.plan import Plan
-from graphopt.backends.lower.step import Context, Step
+from graphopt.backends.lower.step import Context, Step, dense_rows, padded_rows
 
 _PLANAR, _NHWC = "planar", "nhwc"
 _CONVERSION_CYCLES = 0.3  # a byte
@@ -28,9 +28,11 @@ _GAIN = 0.95  # of the dense form's time, above which a layer stays dense
 
 @dataclass
 class Orders:
-    """``planar`` are the outputs of the steps that read and write planar tensors; ``forms`` what was compared."""
+    """``planar`` are the outputs of the steps that read and write planar tensors; ``rows`` those of sparse linear layers on
+    plain rows (tokens), which are turned around each; ``forms`` what was compared."""
 
     planar: set[fx.Node] = field(default_factory=set)
+    rows: set[fx.Node] = field(default_factory=set)
     forms: dict[fx.Node, Forms] = field(default_factory=dict)
 
 
@@ -41,7 +43,14 @@ def choose_orders(plan: Plan, context: Context) -> Orders:
         found = _forms(plan, step, context)
         if found is not None:
             orders.forms[step.output] = found
-    sparse = {n: f for n, f in orders.forms.items() if f.sparse is not None}
+    sparse = {}
+    for node, forms in orders.forms.items():
+        if forms.sparse is None:
+            continue
+        if not plan.steps[node].is_rows:
+            sparse[node] = forms
+        elif forms.sparse < _GAIN * forms.dense:
+            orders.rows.add(node)
     if any(f.sparse is not None and f.sparse < f.dense for f in sparse.values()):
         orders.planar = _cut(plan, sparse)
     return orders
@@ -52,12 +61,34 @@ def _is_physical(step: Step) -> bool:
 
 
 def _forms(plan: Plan, step: Step, context: Context) -> Forms | None:
-    if type(step) is not ConvolutionStep or not _is_physical(step):
+    if type(step) is not ConvolutionStep:
+        return None
+    if step.is_rows:
+        return _row_forms(step, context)
+    if not _is_physical(step):
         return None
     inputs = [plan.layouts[plan.root(value)] for value in step.inputs]
     workload = step.workload(inputs, plan.layouts[step.output])
     weight = step.weight(context, workload)
     return compare(workload, weight, context.isa, context.threads)
+
+
+def _row_forms(step: ConvolutionStep, context: Context) -> Forms | None:
+    """A linear layer on plain rows: its sparse form turns every input and the result."""
+    inputs, output = [padded_rows(value) for value in step.inputs], dense_rows(step.output)
+    workload = step.workload(inputs, output)
+    forms = compare(workload, step.weight(context, workload), context.isa, context.threads)
+    if forms is None or forms.sparse is None:
+        return forms
+    layouts = (*inputs, output)
+    if any(layout.channels % layout.group for layout in layouts):
+        return replace(forms, sparse=None, reason="its channels are no whole blocks")
+    return replace(forms, sparse=forms.sparse + sum(map(_conversion_cycles, layouts)))
+
+
+def _conversion_cycles(layout: Layout) -> float:
+    elements = (layout.batch or 1) * layout.height * layout.width * layout.channels
+    return _CALL_CYCLES + _CONVERSION_CYCLES * elements * 4 / layout.group
 
 
 def _is_neutral(step: Step) -> bool:
@@ -90,8 +121,7 @@ def _add_value(
     layout: Layout,
 ) -> None:
     """A conversion costs once what its value has of bytes, in each direction that some reader needs."""
-    elements = (layout.batch or 1) * layout.height * layout.width * layout.channels
-    cost = _CALL_CYCLES + _CONVERSION_CYCLES * elements * 4 / layout.group
+    cost = _conversion_cycles(layout)
     leaving, entering = ("leaving", value), ("entering", value)
     graph.add_edge(maker, leaving, capacity=cost)
     graph.add_edge(entering, maker, capacity=cost)

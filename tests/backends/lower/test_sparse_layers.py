@@ -65,6 +65,18 @@ class Mixed(nn.Module):
         return y
 
 
+class Tokens(nn.Module):
+    """A feed-forward block, whose rows are tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(128, 256), nn.Linear(256, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.narrow(torch.relu(self.widen(x)))
+        return y
+
+
 def _program(zeros: float, integer: bool, batch: int = 1) -> tuple[go.Program, torch.Tensor]:
     torch.manual_seed(0)
     model = Mixed().eval()
@@ -108,6 +120,24 @@ def test_floats_of_a_batch(target: str) -> None:
     # 1e-5 of the largest output: sums in another order, and Winograd's where a layer stays dense
     error = np.abs(artifact.session()(x.numpy()) - expected).max() / np.abs(expected).max()
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_linear_layers_on_tokens(quantized: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(2, 48, 128)
+    for layer in (model.widen, model.narrow):
+        layer.weight.data[:, 12:] = 0
+    program = go.capture(model, (x,))
+    if quantized:
+        program = go.passes.Quantize(calibration=[(x,)])(program)
+    artifact = go.compile(program, target="avx512-vnni", threads=1)
+    assert len(_kernels(artifact, "sparse_")) == 2
+    with torch.no_grad():
+        expected = artifact.program(x).numpy()
+    actual = artifact.session()(x.numpy())
+    # 1e-5: sums of floats in another order
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if quantized else 1e-5)
 
 
 def test_a_dense_network_has_no_sparse_kernel() -> None:
