@@ -228,7 +228,8 @@ def test_stored_weights_take_the_space_of_their_blocks() -> None:
     plan = plan_sparse(as_planar(workload), ISAS["avx512-vnni"])
     values, _, _, taps, starts = pack_sparse(plan, data.weight, data.bias, data.multiplier)
     count = round(density(data.weight) * data.weight.size / 4)
-    assert (values.nbytes, taps.nbytes, starts.nbytes) == (4 * count, 2 * count, 4 * 257)
+    assert (values.nbytes, taps.nbytes) == (4 * count, 2 * count)
+    assert starts.size == plan.parts * 256 + 1
     assert values.nbytes + taps.nbytes + starts.nbytes < 0.16 * data.weight.nbytes
 
 

@@ -70,7 +70,7 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.widen, self.narrow = nn.Linear(128, 256), nn.Linear(256, 128)
+        self.widen, self.narrow = nn.Linear(256, 512), nn.Linear(512, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = x + self.narrow(torch.relu(self.widen(x)))
@@ -125,7 +125,7 @@ def test_floats_of_a_batch(target: str) -> None:
 @pytest.mark.parametrize("quantized", [True, False])
 def test_linear_layers_on_tokens(quantized: bool) -> None:
     torch.manual_seed(0)
-    model, x = Tokens().eval(), torch.randn(2, 48, 128)
+    model, x = Tokens().eval(), torch.randn(2, 48, 256)
     for layer in (model.widen, model.narrow):
         layer.weight.data[:, 12:] = 0
     program = go.capture(model, (x,))
