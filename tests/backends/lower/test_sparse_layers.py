@@ -110,7 +110,7 @@ def test_integers_are_the_programs_own(integer: Artifact, tmp_path: Path) -> Non
     np.testing.assert_array_equal(loaded(x.numpy()), expected)
 
 
-@pytest.mark.parametrize("target", ["avx2", "avx512-vnni"])
+@pytest.mark.parametrize("target", [pytest.param("avx2", marks=pytest.mark.slow), "avx512-vnni"])
 def test_floats_of_a_batch(target: str) -> None:
     program, x = _program(0.93, integer=False, batch=3)
     artifact = go.compile(program, target=target, threads=2)
@@ -140,6 +140,7 @@ def test_linear_layers_on_tokens(quantized: bool) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if quantized else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_dense_network_has_no_sparse_kernel() -> None:
     artifact = go.compile(_program(0.0, integer=True)[0], threads=1)
     assert not _kernels(artifact, "sparse_")
@@ -159,6 +160,7 @@ def test_targets_without_sparse_kernels_stay_dense() -> None:
     assert not _kernels(artifact, "sparse_")
 
 
+@pytest.mark.slow
 def test_the_file_shrinks_with_the_zeros(integer: Artifact) -> None:
     """Values and 16-bit offsets of a tenth of the blocks: 15 % of the dense weights, and what does not shrink."""
     dense = go.compile(_program(0.0, integer=True)[0], target="avx512-vnni", threads=1)
