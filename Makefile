@@ -63,7 +63,7 @@ bench: setup ## every kernel against the peak, whole models against peers; table
 	@for command in "kernels.py" "peers.py --threads 1,2" "peers.py --isa avx2 --models resnet50,mobilenet_v2" \
 			"peers.py --batch 8 --models resnet50,mobilenet_v2" "peers.py --dynamic --models resnet50,mobilenet_v2"; do \
 		echo "== $$command"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$command $(BENCH_ARGS); done
-	@for file in $(filter-out benchmarks/kernels.py benchmarks/peers.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@for file in $(filter-out benchmarks/kernels.py benchmarks/peers.py benchmarks/recipes.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python "$$file"; done
 
 .PHONY: clean
