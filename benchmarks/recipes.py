@@ -141,7 +141,7 @@ def _chain(bench: Bench) -> go.Program:
 
 def _squeeze(bench: Bench) -> go.Pass:
     """Fire modules in place of all 3 x 3 layers but the first."""
-    return passes.SqueezeSubstitute(squeeze=0.125, exclude=("0",), calibration=bench.calibration)
+    return passes.SqueezeSubstitute(exclude=("0",), calibration=bench.calibration)
 
 
 def _fire(bench: Bench) -> go.Program:
