@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -112,3 +113,10 @@ def cli(folder: Path) -> Cli:
         return result
 
     return invoke
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> None:
+    """A shell ignores SIGINT in what it runs in the background, and the commands that tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
