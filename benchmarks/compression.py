@@ -28,6 +28,18 @@ from graphopt.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+PAGES = {
+    "factorize.md": (
+        "low-rank-linear",
+        "spatial-svd",
+        "tucker-conv",
+        "cp-conv",
+        "flattened-conv",
+        "depthwise-separable",
+    ),
+    "compact.md": ("squeeze-substitute", "one-by-one-substitute", "inception-factorize"),
+    "recover.md": ("chain",),
+}
 _TEST_BATCH = 250
 # Of the largest logit: float kernels order their sums in their own way. Integer layers differ in no bit, and what is float
 # around them rounds at most one step of the last layer's scale the other way.
@@ -171,7 +183,17 @@ def main() -> None:
     charts.trade_offs(options.output / "compression.svg", _points(results))
     if options.document is not None:
         markdown.replace_section(options.document, "compression", lines)
+        _renew_pages(options.document.parent, results)
     print("\n".join(lines).strip())
+
+
+def _renew_pages(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each family's page shows its own rows beside the whole network."""
+    for page, keys in PAGES.items():
+        for key in keys:
+            if key in results:
+                chosen = {name: results[name] for name in ("float", key)}
+                markdown.replace_section(folder / page, key, ["", *table(chosen), ""])
 
 
 def _write(path: Path, results: Mapping[str, Any]) -> None:

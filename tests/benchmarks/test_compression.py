@@ -59,6 +59,13 @@ def test_every_family_has_a_row(benchmark: Any) -> None:
             assert name in benchmark.ROWS
 
 
+def test_the_pages_have_a_section_for_each_row_that_they_show(benchmark: Any) -> None:
+    for page, keys in benchmark.PAGES.items():
+        text = (BENCHMARKS.parent / "docs" / page).read_text()
+        assert all(f"<!-- begin {key} -->" in text for key in keys), page
+        assert set(keys) <= set(benchmark.ROWS)
+
+
 def test_a_row_goes_from_rewrite_to_compiled_file(
     benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
