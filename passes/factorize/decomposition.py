@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.factorize.ranks import Array, Ranks
+from graphopt.passes.factorize.vbmf import vbmf_rank
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,19 @@ class Spectrum:
         if self._wide:
             return vectors * scale, vectors.T @ self.matrix / scale[:, None]
         return self.matrix @ vectors / scale, (vectors * scale).T
+
+
+class MatrixDecomposition(Decomposition):
+    """Of the weight as one matrix: its ranks are those of the truncated SVD, ``_spectrum``."""
+
+    _spectrum: Spectrum
+
+    def errors(self, ranks: Sequence[Ranks]) -> Array:
+        lost: Array = self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
+        return lost
+
+    def signal_ranks(self) -> Ranks:
+        return (vbmf_rank(self._spectrum.values, *self._spectrum.matrix.shape),)
 
 
 def unfold(tensor: Tensor, axis: int) -> Tensor:

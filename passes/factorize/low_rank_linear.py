@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from graphopt.passes.factorize.decomposition import Decomposition, Spectrum, Stage
+from graphopt.passes.factorize.decomposition import MatrixDecomposition, Spectrum, Stage
 from graphopt.passes.factorize.factorize import Factorize, Layer
-from graphopt.passes.factorize.ranks import Array, Ranks
-from graphopt.passes.factorize.vbmf import vbmf_rank
+from graphopt.passes.factorize.ranks import Ranks
 from graphopt.registry import register
 
 
-class _Matrix(Decomposition):
+class _Matrix(MatrixDecomposition):
     """``W [out, in] = A [out, r] B [r, in]``."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -41,13 +38,6 @@ class _Matrix(Decomposition):
             for factor, stage in zip((first, last), self.stages(ranks), strict=True)
         ]
 
-    def errors(self, ranks: Sequence[Ranks]) -> Array:
-        lost: Array = self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
-        return lost
-
-    def signal_ranks(self) -> Ranks:
-        return (vbmf_rank(self._spectrum.values, *self._spectrum.matrix.shape),)
-
 
 @register
 @dataclass(frozen=True)
@@ -70,5 +60,5 @@ class LowRankLinear(Factorize):
             return f"its kernel is {kernel}; spatial-svd, tucker-conv or cp-conv factor it"
         return super().unfit(layer)
 
-    def decomposed(self, weight: Tensor) -> Decomposition:
+    def decomposed(self, weight: Tensor) -> MatrixDecomposition:
         return _Matrix(weight)

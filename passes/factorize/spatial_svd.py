@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from graphopt.passes.factorize.decomposition import Decomposition, Spectrum, Stage
+from graphopt.passes.factorize.decomposition import MatrixDecomposition, Spectrum, Stage
 from graphopt.passes.factorize.factorize import Factorize, Layer
-from graphopt.passes.factorize.ranks import Array, Ranks
-from graphopt.passes.factorize.vbmf import vbmf_rank
+from graphopt.passes.factorize.ranks import Ranks
 from graphopt.registry import register
 
 
-class _Separable(Decomposition):
+class _Separable(MatrixDecomposition):
     """``W[o, i, y, x] = sum_r H[o, r, x] V[r, i, y]``: the SVD of W as an [in * k, out * l] matrix."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -45,13 +42,6 @@ class _Separable(Decomposition):
         horizontal = last.reshape(rank, outputs, 1, columns).transpose(0, 1)
         return [first.T.reshape(vertical.shape), horizontal]
 
-    def errors(self, ranks: Sequence[Ranks]) -> Array:
-        lost: Array = self._spectrum.tails()[np.array(ranks)[:, 0]] / self.energy
-        return lost
-
-    def signal_ranks(self) -> Ranks:
-        return (vbmf_rank(self._spectrum.values, *self._spectrum.matrix.shape),)
-
 
 @register
 @dataclass(frozen=True)
@@ -71,5 +61,5 @@ class SpatialSvd(Factorize):
             return f"its kernel is {rows} x {columns}: there is nothing to separate"
         return super().unfit(layer)
 
-    def decomposed(self, weight: Tensor) -> Decomposition:
+    def decomposed(self, weight: Tensor) -> MatrixDecomposition:
         return _Separable(weight)
