@@ -52,7 +52,7 @@ def function_name(
 
 
 def _shape(layout: Layout, batch: Expr) -> tuple[Expr, ...]:
-    return (batch, layout.rows, layout.columns, layout.channel_stride)
+    return (batch, *layout.shape)
 
 
 def _pixel(layout: Layout, image: Expr, row: Expr, column: Expr) -> Expr:

@@ -84,7 +84,7 @@ def activation_argument(name: str, layout: Layout, order: str = "nhwc") -> Argum
     if order == "nchw":
         shape = (layout.batch, layout.channels, layout.height, layout.width)
     else:
-        shape = (layout.batch, layout.rows, layout.columns, layout.channel_stride)
+        shape = (layout.batch, *layout.shape)
     return Argument(name, shape, layout.dtype)
 
 

@@ -104,7 +104,7 @@ def _compiled(
 
 
 def _activations(layout: Layout) -> np.ndarray[Any, Any]:
-    shape = (layout.batch or 1, layout.rows, layout.columns, layout.channel_stride)
+    shape = (layout.batch or 1, *layout.shape)
     return np.random.default_rng(1).integers(0, 128, shape).astype(layout.dtype)
 
 

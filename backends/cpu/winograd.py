@@ -91,8 +91,7 @@ class _Kernel:
             return T.arg(name, T.buffer(shape, dtype))
 
         def activations(name: str, layout: Layout) -> Buffer:
-            shape = (self.batch, layout.rows, layout.columns, layout.channel_stride)
-            return argument(name, shape, layout.dtype)
+            return argument(name, (self.batch, *layout.shape), layout.dtype)
 
         x = activations("x", workload.x)
         self.weight = argument("weight", (plan.packed_weights,), self.sum_dtype)
