@@ -30,7 +30,8 @@ class Build:
     """Makes nodes before an anchor; ``build.conv2d(x, w)`` emits the op table's overload of that name.
 
     Every node gets its shape and dtype (``meta["val"]``) at once by running it on fake tensors, and the provenance of
-    the nodes it replaces. Arguments are nodes, numbers or lists, as ATen takes them.
+    the nodes it replaces; its module is that of the first of them, or of the first that calls the same operator: a
+    convolution that takes in a batch norm stays where it was. Arguments are nodes, numbers or lists, as ATen takes them.
     """
 
     def __init__(self, program: Program, anchor: fx.Node, origins: Sequence[fx.Node] = ()) -> None:
@@ -51,7 +52,7 @@ class Build:
         graph = self._program.graph
         with graph.inserting_before(self._anchor):
             node = graph.call_function(target, args, kwargs, name=_name_of(target))
-        node.meta = self._meta()
+        node.meta = self._meta(target)
         node.meta["val"] = propagate(node, fake_mode(self._program))
         return node
 
@@ -88,10 +89,11 @@ class Build:
         node.meta["val"] = propagate(node, fake_mode(self._program))
         return node
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self, target: Any = None) -> dict[str, Any]:
         meta: dict[str, Any] = {}
         provenance: dict[str, None] = {}
-        for origin in self._origins:
+        same = [origin for origin in self._origins if origin.target == target]
+        for origin in (*same, *self._origins):
             provenance.update(dict.fromkeys(origin.meta.get("provenance", (origin.name,))))
             for key in _INHERITED_META:
                 if key in origin.meta:

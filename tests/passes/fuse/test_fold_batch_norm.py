@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt as go
+from graphopt.passes.layer import paths
 from tests.models import MODELS, example, randomize
 from tests.passes.helpers import captured, network, operators, reasons, rewrites
 
@@ -65,6 +67,17 @@ def test_after_a_linear_layer(bias: bool) -> None:
     result = FOLD(program)
     assert operators(result) == ["linear"]
     check_equals_eager(program, result)
+
+
+@pytest.mark.parametrize("layers", [("conv", "norm"), ("norm", "conv")])
+def test_the_layer_keeps_its_module(layers: tuple[str, str]) -> None:
+    """Globs of ``layers`` and tables name it as the user's model does."""
+    parts: dict[str, nn.Module] = {"conv": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4)}
+    model = nn.Sequential(OrderedDict((name, parts[name]) for name in layers))
+    result = FOLD(go.capture(randomize(model), (example(2, 4, 5, 5),)))
+    (node,) = (n for n in result.graph.nodes if n.op == "call_function")
+    assert paths(node) == ("conv",)
+    assert node.meta["provenance"] == ("conv2d", "batch_norm")
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
