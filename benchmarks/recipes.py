@@ -15,7 +15,20 @@ import graphopt as go
 from graphopt import passes
 
 EPOCHS = 2  # of training after a rewrite; rows with a goal take four times as many
+_UPDATES = 40  # of masks that move while a network learns
 _FEW = 8  # batches that scores, least squares and calibration look at
+
+
+class Compiled(torch.nn.Module):
+    """A compiled file as a module: as a teacher it takes a quarter of the program's time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.session = go.load(path)
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session(images.numpy()))
 
 
 @dataclass
@@ -48,13 +61,20 @@ class Bench:
     def test(self) -> Images:
         return Images.read("t10k")
 
+    @cached_property
+    def teacher(self) -> Compiled:
+        """The whole network as its row left it."""
+        return Compiled(self.folder / "float.gopt")
+
     def options(self, key: str, rate: float, times: int) -> dict[str, Any]:
         """How a compressed network trains: SGD with a cosine, resumed after an interruption."""
         epochs = times * self.epochs
+        steps = epochs * len(self.learning)
         return {
             "epochs": epochs,
             "optimizer": lambda p: torch.optim.SGD(p, lr=rate, momentum=0.9, weight_decay=2e-4),
-            "scheduler": lambda optimizer: schedule(optimizer, epochs),
+            "scheduler": lambda optimizer: schedule(optimizer, steps),
+            "scheduler_every": "step",
             "clip_norm": 5.0,
             "checkpoint": self.folder / f"{key}.checkpoint",
         }
@@ -62,28 +82,45 @@ class Bench:
 
 Make = Callable[[Bench], go.Program]
 Recover = Callable[[Bench, str, go.Program], go.Program]
+MakePrune = Callable[[Bench], passes.Prune]
 
 
 def fine_tune(rate: float = 0.03, times: int = 1) -> Recover:
     """Learn from the labels, ``times`` the usual epochs."""
-    return lambda bench, key, program: go.fine_tune(
-        program, bench.learning, **bench.options(key, rate, times)
-    )
 
-
-def distill(rate: float = 0.1, times: int = 4) -> Recover:
-    """Learn from the labels and from what the whole network says."""
-    return lambda bench, key, program: go.distill(
-        program, bench.network, bench.learning, 0.3, 4.0, **bench.options(key, rate, times)
-    )
-
-
-def _gradually(prune: passes.Prune) -> Recover:
     def recover(bench: Bench, key: str, program: go.Program) -> go.Program:
-        pruner = passes.GradualPruner(prune)
-        return go.fine_tune(program, bench.learning, pruner=pruner, **bench.options(key, 0.05, 2))
+        return go.fine_tune(_undropped(program), bench.learning, **bench.options(key, rate, times))
 
     return recover
+
+
+def distill(rate: float = 0.05, times: int = 4, prune: MakePrune | None = None) -> Recover:
+    """Learn from the labels and from what the whole network says, while ``prune`` moves its masks."""
+
+    def recover(bench: Bench, key: str, program: go.Program) -> go.Program:
+        options = bench.options(key, rate, times)
+        if prune is not None:
+            options["pruner"] = passes.GradualPruner(prune(bench))
+        return go.distill(_undropped(program), bench.teacher, bench.learning, 0.3, 4.0, **options)
+
+    return recover
+
+
+def _undropped(program: go.Program) -> go.Program:
+    """Without dropout, which a network with a third of the weights does not need."""
+    return passes.RemoveIdentities()(program)
+
+
+def gradually(granularity: Any, sparsity: float, times: int = 4) -> MakePrune:
+    """Masks that move in the first half of so long a training."""
+
+    def make(bench: Bench) -> passes.Prune:
+        half = times * bench.epochs * len(bench.learning) // 2
+        updates = min(_UPDATES, half)
+        schedule = passes.Gradual(sparsity, updates=updates, every=half // updates)
+        return passes.Prune(schedule=schedule, granularity=granularity)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -108,6 +145,9 @@ class Row:
     make: Make
     recover: Recover | None = field(default_factory=fine_tune)
     goal: Goal | None = None
+
+    def recovered(self, bench: Bench, key: str, program: go.Program) -> go.Program:
+        return program if self.recover is None else self.recover(bench, key, program)
 
 
 def _pass(make: Callable[[Bench], go.Pass]) -> Make:
@@ -134,14 +174,14 @@ def _integer(bench: Bench, program: go.Program) -> go.Program:
 
 
 def _chain(bench: Bench) -> go.Program:
-    """Blocks of four pruned and recovered, then int8, which the row's distillation trains."""
-    pruned = _pruned(passes.Block(), 0.8)(bench)
-    return _integer(bench, distill()(bench, "chain-pruned", pruned))
+    """What the row of blocks left in int8, which the row's own distillation trains."""
+    blocks = ROWS["prune-block"]
+    return _integer(bench, blocks.recovered(bench, "prune-block", blocks.make(bench)))
 
 
 def _squeeze(bench: Bench) -> go.Pass:
     """Fire modules in place of all 3 x 3 layers but the first."""
-    return passes.SqueezeSubstitute(exclude=("0",), calibration=bench.calibration)
+    return passes.SqueezeSubstitute(squeeze=0.375, exclude=("0",), calibration=bench.calibration)
 
 
 def _fire(bench: Bench) -> go.Program:
@@ -149,7 +189,8 @@ def _fire(bench: Bench) -> go.Program:
     return passes.LowRankLinear(rank={"parameters": 0.5})(_squeeze(bench)(bench.network))
 
 
-_GRADUAL = passes.Prune(schedule=passes.Gradual(0.9, updates=28, every=50))
+_ELEMENTS = gradually(passes.Element(), 0.9)
+_BLOCKS = gradually(passes.Block(), 0.8)
 _THIRD = {"macs": 1 / 3}
 
 ROWS: Mapping[str, Row] = {
@@ -192,14 +233,14 @@ ROWS: Mapping[str, Row] = {
     ),
     "prune-element": Row(
         "prune: elements, 90 %",
-        _pruned(passes.Element(), 0.9),
-        distill(),
+        _pass(_ELEMENTS),
+        distill(prune=_ELEMENTS),
         Goal(0.5, parameters=0.1),
     ),
     "prune-block": Row(
         "prune: 1x4 blocks, 80 %",
-        _pruned(passes.Block(), 0.8),
-        distill(),
+        _pass(_BLOCKS),
+        distill(prune=_BLOCKS),
         Goal(0.5, parameters=0.2),
     ),
     "prune-2-4": Row("prune: 2:4", _pruned(passes.NM(), 0.5, schedule=passes.PerLayer())),
@@ -224,11 +265,7 @@ ROWS: Mapping[str, Row] = {
         "prune: elements, 90 %, by sensitivity",
         _pruned(passes.Element(), 0.9, schedule=passes.Sensitivity(0.9)),
     ),
-    "prune-gradual": Row(
-        "prune: elements, 90 %, gradually",
-        lambda bench: _GRADUAL(bench.network),
-        _gradually(_GRADUAL),
-    ),
+    "prune-once": Row("prune: elements, 90 %, at once", _pruned(passes.Element(), 0.9)),
     "chain": Row(
         "1x4 blocks 80 %, int8, distilled", _chain, distill(0.005, 1), Goal(0.7, parameters=0.2)
     ),

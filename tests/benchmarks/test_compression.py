@@ -59,29 +59,45 @@ def test_every_family_has_a_row(benchmark: Any) -> None:
             assert name in benchmark.ROWS
 
 
-def test_the_pages_have_a_section_for_each_row_that_they_show(benchmark: Any) -> None:
-    for page, keys in benchmark.PAGES.items():
+def test_every_row_is_on_the_page_of_its_family(benchmark: Any) -> None:
+    shown = {"float"}
+    for page, sections in benchmark.PAGES.items():
         text = (BENCHMARKS.parent / "docs" / page).read_text()
-        assert all(f"<!-- begin {key} -->" in text for key in keys), page
-        assert set(keys) <= set(benchmark.ROWS)
+        assert all(f"<!-- begin {section} -->" in text for section in sections), page
+        shown.update(*sections.values())
+    assert shown == set(benchmark.ROWS)
 
 
-def test_a_row_goes_from_rewrite_to_compiled_file(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a few made-up images: what is measured holds together."""
+@pytest.fixture
+def bench(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A few made-up images and a network that has learned nothing."""
     fashion, recipes = importlib.import_module("fashion"), importlib.import_module("recipes")
     torch.manual_seed(0)
     images = fashion.Images(torch.randn(1250, 1, 28, 28), torch.randint(0, 10, (1250,)))
     monkeypatch.setattr(fashion.Images, "read", classmethod(lambda cls, kind: images))
     network = go.capture(fashion.FashionNet().eval(), (images.pixels[:2],), dynamic_batch=(1, 256))
     monkeypatch.setattr(recipes, "trained", lambda folder: network)
-    bench = recipes.Bench(tmp_path, epochs=1)
+    return recipes.Bench(tmp_path, epochs=1)
+
+
+def test_a_row_goes_from_rewrite_to_compiled_file(benchmark: Any, bench: Any) -> None:
     result = benchmark.measure(bench, "int8")
     assert result["difference"] == 0
-    assert result["macs"] * 2 == network.stats().macs
-    assert result["bytes"] == (tmp_path / "int8.gopt").stat().st_size
+    assert result["macs"] * 2 == bench.network.stats().macs
+    assert result["bytes"] == (bench.folder / "int8.gopt").stat().st_size
     assert set(benchmark.time_all(bench, ["int8"])) == {"int8"}
+
+
+def test_a_row_that_prunes_gradually_reaches_its_sparsity(benchmark: Any, bench: Any) -> None:
+    """However few steps there are; and what has finished is not trained again."""
+    benchmark.measure(bench, "float")
+    result = benchmark.measure(bench, "prune-block")
+    held = sum(p.numel() for p in bench.network.graph_module.parameters())
+    assert 0.2 < result["parameters"] / held < 0.21
+    checkpoint = bench.folder / "prune-block.checkpoint"
+    before = checkpoint.stat().st_mtime_ns
+    assert benchmark.measure(bench, "prune-block") == result
+    assert checkpoint.stat().st_mtime_ns == before
 
 
 def test_a_missing_dataset_names_the_package(benchmark: Any, tmp_path: Path) -> None:
