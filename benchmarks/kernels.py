@@ -34,9 +34,9 @@ from graphopt.backends.x86.isa import ISAS
 from graphopt.bench import Timing, charts, markdown, time_call
 from graphopt.bench.networks import NETWORKS
 from graphopt.bench.report import machine_name
-from graphopt.compiler import prepare
 from graphopt.errors import BenchmarkError
 from graphopt.files import atomic_write
+from graphopt.preparation import prepare
 
 DTYPES = {"int8": "uint8", "float32": "float32"}  # the names of the peaks
 _LARGE = 50_000_000  # multiply-accumulates from which a convolution has a goal

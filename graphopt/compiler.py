@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,14 @@ from torch.utils import _pytree as pytree
 from graphopt.artifact import Artifact
 from graphopt.backends.targets import Target, resolve
 from graphopt.errors import CompileError
-from graphopt.manifest import Dim, Manifest, Peak, TensorSpec
+from graphopt.manifest import Manifest, Peak, TensorSpec
 from graphopt.modes import is_training
+from graphopt.preparation import prepare, thread_count
 from graphopt.program import Program
-from graphopt.runtime import available_cpus
+from graphopt.signature import input_specs, output_specs, output_structure
 
 if TYPE_CHECKING:
     from graphopt.backends.cpu.conv_plan import ConvChoice
-    from graphopt.backends.cpu.isa import Isa
     from graphopt.backends.cpu.rivals import Rivals
     from graphopt.backends.lower.float_fallback import Times
     from graphopt.tuning.options import Tuning
@@ -89,14 +88,6 @@ def compile(
     return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
 
 
-def thread_count(threads: int | None) -> int:
-    """The option ``threads``, by default the CPUs that this process may use. Raises CompileError."""
-    count = available_cpus() if threads is None else threads
-    if count < 1:
-        raise CompileError(f"option threads must be at least 1, not {threads}")
-    return count
-
-
 class _Compiler:
     def __init__(
         self, program: Program, target: Target, threads: int, search: Search | None
@@ -147,9 +138,9 @@ class _Compiler:
             target=self.target.name,
             triple=self.target.triple,
             features=tuple(sorted(self.target.features)),
-            inputs=_input_specs(program, lowered.unaligned),
-            outputs=tuple(_output_specs(program)),
-            output_structure=_structure(program),
+            inputs=input_specs(program, lowered.unaligned),
+            outputs=output_specs(program),
+            output_structure=output_structure(program),
             weights=tuple(weights),
             weight_transforms=tuple(lowered.transforms),
             threads=self.threads,
@@ -188,33 +179,6 @@ class _Compiler:
         return choices, tuning
 
 
-def prepare(
-    program: Program,
-    isa: Isa,
-    threads: int,
-    times: Callable[[Mapping[str, Rivals]], Mapping[str, Times]],
-) -> Program:
-    """The program that is really compiled: identities removed, masks applied, batch norm folded, integer where quantized, unless float is
-    faster: ``times`` says what was measured of these layers.
-    """
-    from graphopt import ops
-    from graphopt.backends.integerize import integerize
-    from graphopt.backends.lower.float_fallback import faster_in_float, integer_layers
-    from graphopt.backends.lower.images import choose
-    from graphopt.passes import ApplyMasks, FoldBatchNorm, RemoveIdentities
-
-    for pass_ in (RemoveIdentities(), ApplyMasks(), FoldBatchNorm()):
-        program = pass_(program)
-    if not any(
-        op is not None and op.kind == "fake_quantize" for op in map(ops.info, program.graph.nodes)
-    ):
-        return program
-    integer = integerize(program, measure=False)
-    layers = integer_layers(choose(integer, isa, threads).program)
-    slower = faster_in_float(layers, isa, threads, times(layers))
-    return integerize(program, slower, measure=False) if slower else integer
-
-
 def _add_peak(functions: dict[str, Any], isa: Any, dtype: str) -> Peak:
     """Put the loop that measures the machine's peak beside the kernels, for benchmarks."""
     from graphopt.backends.cpu.peak import CHAINS, peak_kernel, peak_name, peak_operations
@@ -240,62 +204,3 @@ def _versions() -> dict[str, str]:
         "tvm": version("apache-tvm"),
         "torch": torch.__version__,
     }
-
-
-def _spec(node: Any, program: Program) -> TensorSpec:
-    value = node.meta["val"]
-    low, high = program.dynamic_batch or (1, None)
-    shape = tuple(
-        Dim(str(s), low, high) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
-    )
-    return TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape)
-
-
-def _input_specs(program: Program, unaligned: frozenset[str]) -> tuple[TensorSpec, ...]:
-    from graphopt.index_bounds import index_bounds
-
-    rows, specs = index_bounds(program), []
-    for node in program.inputs:
-        spec = dataclasses.replace(_spec(node, program), below=rows.get(node.name))
-        if spec.name in unaligned:
-            spec = dataclasses.replace(spec, alignment=node.meta["val"].element_size())
-        specs.append(spec)
-    return tuple(specs)
-
-
-def _output_specs(program: Program) -> list[TensorSpec]:
-    leaves = pytree.tree_leaves(program.output.args[0])
-    return [_spec(leaf, program) for leaf in leaves if isinstance(leaf, torch.fx.Node)]
-
-
-def _structure(program: Program) -> Any:
-    """The output's nesting as the manifest writes it: an index for a tensor, containers around it."""
-    leaves = pytree.tree_leaves(program.output.args[0])
-    numbers = iter(range(len(leaves)))
-    flat = [
-        next(numbers) if isinstance(leaf, torch.fx.Node) else {"value": leaf} for leaf in leaves
-    ]
-    codegen = program.graph._codegen
-    spec = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    if spec is None:
-        return flat[0] if len(flat) == 1 else {"tuple": flat}
-    return _nested(pytree.tree_unflatten([_Leaf(item) for item in flat], spec))
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    item: Any
-
-
-def _nested(value: Any) -> Any:
-    if isinstance(value, _Leaf):
-        return value.item
-    if isinstance(value, dict):
-        return {"dict": [[str(key), _nested(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_nested(item) for item in value]}
-    if isinstance(value, list):
-        return {"list": [_nested(item) for item in value]}
-    raise CompileError(
-        f"an output of type {type(value).__name__} cannot be stored; return tensors, tuples, lists or dicts"
-    )

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from graphopt.backends.targets import Target, resolve
-from graphopt.compiler import prepare, thread_count
 from graphopt.cpu_features import cpu_name
 from graphopt.errors import TargetError, TuneError
+from graphopt.preparation import prepare, thread_count
 from graphopt.program import Program
 from graphopt.progress import meter
 from graphopt.tuning.options import Tuning, parse_budget
