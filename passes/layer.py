@@ -10,8 +10,6 @@ from torch import Tensor, fx
 from graphopt import ops
 from graphopt.edit import Edit
 
-_MASK = "_mask"  # a pruned weight is ``mul(weight, <weight>_mask)``
-
 
 def paths(node: fx.Node) -> tuple[str, ...]:
     """The modules around a node, outermost first: ``("features", "features.0", "features.0.conv")``."""
@@ -58,18 +56,10 @@ def constant_weight(edit: Edit, node: fx.Node) -> Tensor | str:
     return tensor.detach()
 
 
-def is_masked(weight: fx.Node) -> bool:
-    """True for ``mul(weight, mask)`` as pruning writes it."""
-    return ops.is_op(weight, "mul") and any(
-        source.op == "get_attr" and str(source.target).endswith(_MASK)
-        for source in weight.all_input_nodes
-    )
-
-
 def _computed(weight: fx.Node) -> str:
     op = ops.info(weight)
     if op is not None and op.kind == "fake_quantize":
         return "its weight is fake-quantized; run this pass before quantization"
-    if is_masked(weight):
+    if ops.masked(weight) is not None:
         return "its weight is masked by pruning"
     return "its weight is computed"

@@ -17,7 +17,7 @@ from graphopt.edit import Build, Edit
 from graphopt.errors import PassError
 from graphopt.passes import layer as layers_of
 from graphopt.passes.compact.inputs import windows
-from graphopt.passes.patches import each
+from graphopt.passes.patches import each, margins
 from graphopt.passing import Pass
 
 PART = "_compact_"  # in the name of a parameter that a substitution made
@@ -37,7 +37,8 @@ class Layer:
 
     @property
     def padding(self) -> list[int]:
-        return each(ops.bind(self.node)["padding"], 2)
+        """On either side: ``"same"`` is symmetric for the odd kernels that are substituted."""
+        return margins(self.node)[0]
 
     @property
     def dilation(self) -> list[int]:
@@ -145,7 +146,7 @@ class Substitute(Pass):
             )
 
     def _layers(self, edit: Edit) -> Iterator[Layer]:
-        for node in edit.nodes("conv2d"):
+        for node in edit.nodes("conv2d", "conv2d_same"):
             if not layers_of.chosen(node, self.layers, self.exclude):
                 continue
             reason = self._read(edit, node)

@@ -15,6 +15,7 @@ from graphopt.passing import Pass
 from graphopt.program import Program
 from graphopt.registry import register
 from graphopt.train import fine_tune
+from graphopt.train.batches import length
 from graphopt.train.options import Keywords
 
 
@@ -23,8 +24,8 @@ from graphopt.train.options import Keywords
 class FineTune(Pass):
     """Train the program on ``data``, batches of (inputs, labels): ``graphopt.fine_tune`` by SGD.
 
-    ``learning_rate`` falls to 0 along a cosine over the ``epochs`` unless ``cosine=False``. With ``validation`` the best weights are
-    kept. Raises TrainError, naming batch and step.
+    ``learning_rate`` falls to 0 along a cosine over all steps (epoch by epoch where ``data`` has no length) unless
+    ``cosine=False``. With ``validation`` the best weights are kept. Raises TrainError, naming batch and step.
     """
 
     name: ClassVar[str] = "fine-tune"
@@ -61,6 +62,7 @@ class FineTune(Pass):
             "epochs": self.epochs,
             "optimizer": self._optimizer,
             "scheduler": self._scheduler if self.cosine else None,
+            "scheduler_every": "epoch" if length(self.data) is None else "step",
             "clip_norm": self.clip_norm,
             "patience": self.patience,
             "frozen_statistics": self.frozen_statistics,
@@ -75,4 +77,6 @@ class FineTune(Pass):
         )
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self.epochs * (length(self.data) or 1)
+        )

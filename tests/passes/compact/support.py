@@ -19,6 +19,8 @@ GEOMETRIES: tuple[dict[str, Any], ...] = (
     {"padding": 0, "stride": (2, 1)},
     {"padding": (0, 1), "dilation": (1, 2)},
     {"padding": 2, "dilation": 2, "stride": 2},
+    {"padding": "same", "dilation": 2},
+    {"padding": "valid"},
 )
 
 
