@@ -176,9 +176,11 @@ def _checked(
         ) from error
     adapter = _adapter(typing.get_type_hints(cls)[field.name])
     try:
-        return adapter.validate_python(plain)
+        return adapter.validate_python(plain, extra="forbid")
     except pydantic.ValidationError as error:
-        reason = error.errors()[0]["msg"]
+        found = error.errors()[0]
+        unknown = found["type"] == "unexpected_keyword_argument"
+        reason = f"it has no {found['loc'][-1]!r}" if unknown else found["msg"]
         raise RecipeError(
             f"{_at(value, source)}: option {key.value!r} of {cls.name}: {reason}, not {plain!r}"
         ) from error

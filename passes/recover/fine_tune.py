@@ -11,6 +11,7 @@ from torch import nn
 
 from graphopt.contract import Contract, lossy
 from graphopt.edit import Edit
+from graphopt.passes.prune import GradualPruner, Prune
 from graphopt.passing import Pass
 from graphopt.program import Program
 from graphopt.registry import register
@@ -25,7 +26,8 @@ class FineTune(Pass):
     """Train the program on ``data``, batches of (inputs, labels): ``graphopt.fine_tune`` by SGD.
 
     ``learning_rate`` falls to 0 along a cosine over all steps (epoch by epoch where ``data`` has no length) unless
-    ``cosine=False``. With ``validation`` the best weights are kept. Raises TrainError, naming batch and step.
+    ``cosine=False``. ``prune``, of schedule ``gradual``, moves the masks that a ``prune`` pass with the same options has put in;
+    a score that needs data reads ``data``. With ``validation`` the best weights are kept. Raises TrainError, naming batch and step.
     """
 
     name: ClassVar[str] = "fine-tune"
@@ -41,8 +43,12 @@ class FineTune(Pass):
     frozen_statistics: bool = False
     checkpoint: str | None = None
     seed: int = 0
+    prune: Prune | None = None
     data: Iterable[Any] | None = field(default=None, repr=False)
     validation: Iterable[Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._pruner()
 
     def apply(self, edit: Edit) -> None:
         trained = self.train(edit.program)
@@ -64,12 +70,19 @@ class FineTune(Pass):
             "scheduler": self._scheduler if self.cosine else None,
             "scheduler_every": "epoch" if length(self.data) is None else "step",
             "clip_norm": self.clip_norm,
+            "pruner": self._pruner(),
             "patience": self.patience,
             "frozen_statistics": self.frozen_statistics,
             "validation": self.validation,
             "checkpoint": self.checkpoint,
             "seed": self.seed,
         }
+
+    def _pruner(self) -> GradualPruner | None:
+        if self.prune is None:
+            return None
+        data = self.data if self.prune.data is None else self.prune.data
+        return GradualPruner(replace(self.prune, data=data))
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import graphopt as go
-from graphopt.errors import TrainError
+from graphopt.errors import RecipeError, TrainError
 from tests.train.tasks import capture, net, parameters_equal, task
 
 
@@ -59,6 +59,29 @@ def test_a_recipe_prunes_quantizes_and_recovers() -> None:
     assert score > 0.9
     zeros = sum(row.parameters - row.nonzero for row in result.stats().layers)
     assert zeros > 0.5 * result.stats().parameters
+
+
+def test_a_recipe_prunes_while_it_trains() -> None:
+    text = """
+passes:
+  - prune: &blocks {schedule: {gradual: {sparsity: 0.6, updates: 5, every: 6}}, score: taylor}
+  - fine-tune: {epochs: 4, learning_rate: 0.1, prune: *blocks}
+"""
+    result = go.Pipeline.from_text(text, data=task(12))(capture(net(drop=0)))
+    masks = [t for name, t in result.graph_module.named_buffers() if name.endswith("_mask")]
+    assert sum(int((m == 0).sum()) for m in masks) == round(0.6 * sum(m.numel() for m in masks))
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ("{schedule: {global: 0.5}}", "gradual pruning needs schedule gradual, not global"),
+        ("{shedule: gradual}", "option 'prune' of fine-tune: it has no 'shedule', not {"),
+    ],
+)
+def test_errors_of_what_moves_the_masks(prune: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^recipe:3: {re.escape(message)}"):
+        go.Pipeline.from_text(f"\npasses:\n  - fine-tune: {{prune: {prune}}}")
 
 
 def test_features_in_a_recipe() -> None:
