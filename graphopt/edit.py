@@ -17,7 +17,8 @@ from graphopt.program import LayerChange, Program, attribute
 from graphopt.progress import track
 
 T = TypeVar("T")
-_INHERITED_META = ("nn_module_stack", "stack_trace")
+_STACK = "nn_module_stack"
+_INHERITED_META = (_STACK, "stack_trace")
 
 
 def _name_of(target: Any) -> str | None:
@@ -30,8 +31,9 @@ class Build:
     """Makes nodes before an anchor; ``build.conv2d(x, w)`` emits the op table's overload of that name.
 
     Every node gets its shape and dtype (``meta["val"]``) at once by running it on fake tensors, and the provenance of
-    the nodes it replaces; its module is that of the first of them, or of the first that calls the same operator: a
-    convolution that takes in a batch norm stays where it was. Arguments are nodes, numbers or lists, as ATen takes them.
+    the nodes it replaces. Its module is the first one's. A node that replaces one of the same operator stays in that one's
+    module, and stands for the others' too: a convolution that takes in a batch norm is found under either name.
+    Arguments are nodes, numbers or lists, as ATen takes them.
     """
 
     def __init__(self, program: Program, anchor: fx.Node, origins: Sequence[fx.Node] = ()) -> None:
@@ -90,14 +92,18 @@ class Build:
         return node
 
     def _meta(self, target: Any = None) -> dict[str, Any]:
+        same = [origin for origin in self._origins if origin.target == target]
+        others = [origin for origin in self._origins if origin not in same]
         meta: dict[str, Any] = {}
         provenance: dict[str, None] = {}
-        same = [origin for origin in self._origins if origin.target == target]
-        for origin in (*same, *self._origins):
+        for origin in (*same, *others):
             provenance.update(dict.fromkeys(origin.meta.get("provenance", (origin.name,))))
             for key in _INHERITED_META:
                 if key in origin.meta:
                     meta.setdefault(key, origin.meta[key])
+        if same:
+            stacks = [origin.meta.get(_STACK) or {} for origin in (*others, *reversed(same))]
+            meta[_STACK] = {key: value for stack in stacks for key, value in stack.items()}
         return {**meta, "provenance": tuple(provenance)}
 
 
@@ -173,7 +179,7 @@ class Edit:
         text: str = "",
     ) -> None:
         """Record what became of one layer: counts before and after, reconstruction error, and a word ("rank 32")."""
-        modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        modules = [path for path, _ in (node.meta.get(_STACK) or {}).values()]
         layer = modules[-1] if modules else ""
         self.layers.append(LayerChange(node.name, layer, parameters, macs, error, text))
 

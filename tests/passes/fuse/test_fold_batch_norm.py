@@ -71,12 +71,12 @@ def test_after_a_linear_layer(bias: bool) -> None:
 
 @pytest.mark.parametrize("layers", [("conv", "norm"), ("norm", "conv")])
 def test_the_layer_keeps_its_module(layers: tuple[str, str]) -> None:
-    """Globs of ``layers`` and tables name it as the user's model does."""
+    """Tables name it as the user's model does; globs of ``layers`` find it under the norm's name too."""
     parts: dict[str, nn.Module] = {"conv": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4)}
     model = nn.Sequential(OrderedDict((name, parts[name]) for name in layers))
     result = FOLD(go.capture(randomize(model), (example(2, 4, 5, 5),)))
     (node,) = (n for n in result.graph.nodes if n.op == "call_function")
-    assert paths(node) == ("conv",)
+    assert paths(node) == ("norm", "conv")
     assert node.meta["provenance"] == ("conv2d", "batch_norm")
 
 
