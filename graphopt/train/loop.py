@@ -89,6 +89,9 @@ class Trainer:
             lines.append(
                 f"validation: loss {self.validated.loss:.4g}, score {shown(self.validated.score)}{kept}"
             )
+        end = getattr(self.options.pruner, "end", None)
+        if end is not None and state.step <= end:
+            lines.append(f"it ended before the pruning, whose last update is at step {end}")
         return lines
 
     # what a run begins with

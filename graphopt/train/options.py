@@ -26,7 +26,8 @@ class Steps(Protocol):
     """What may change the program while it trains; ``graphopt.passes.GradualPruner`` is one.
 
     Called after each step of the optimizer, from 0. What it returns (a sparsity) goes into the log. It must change
-    tensors in place, as an optimizer does, and depend on nothing but the program and the step.
+    tensors in place, as an optimizer does, and depend on nothing but the program and the step. One that has an ``end``, the
+    step of its last change, is told of in the history where training ends before.
     """
 
     def step(self, program: Program, step: int) -> Any: ...

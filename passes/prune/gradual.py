@@ -34,6 +34,11 @@ class GradualPruner:
         self.prune = prune
         self.schedule = schedule
 
+    @property
+    def end(self) -> int:
+        """The step after which the masks stay as they are."""
+        return self.schedule.end
+
     def step(self, program: Program, step: int) -> float:
         """Move the masks where the schedule is due, in place, from the weights as they are; the sparsity asked for now.
 

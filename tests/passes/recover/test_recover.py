@@ -70,6 +70,11 @@ passes:
     result = go.Pipeline.from_text(text, data=task(12))(capture(net(drop=0)))
     masks = [t for name, t in result.graph_module.named_buffers() if name.endswith("_mask")]
     assert sum(int((m == 0).sum()) for m in masks) == round(0.6 * sum(m.numel() for m in masks))
+    assert len(result.history[-1].notes) == 1
+    short = go.Pipeline.from_text(text, data=task(7))(capture(net(drop=0)))
+    assert short.history[-1].notes[1:] == (
+        "it ended before the pruning, whose last update is at step 30",
+    )
 
 
 @pytest.mark.parametrize(
