@@ -107,7 +107,9 @@ def test_the_learning_rate_falls_along_a_cosine(tmp_path: Path) -> None:
     data, log = task(4), tmp_path / "log"
     for given, wanted in ((data, [0.1, 0.0853553, 0.05, 0.0146447]), (Unsized(data), [0.1] * 4)):
         pass_ = go.passes.FineTune(epochs=1, learning_rate=0.1, data=given)
-        go.fine_tune(capture(net()), given, log=log, **pass_.keywords())
+        keywords = pass_.keywords()
+        keywords["log"] = log
+        go.fine_tune(capture(net()), given, **keywords)
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         rates = [row["learning_rate"] for row in rows if row["event"] == "step"]
         assert rates == pytest.approx(wanted, rel=1e-5)
