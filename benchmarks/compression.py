@@ -187,7 +187,8 @@ def main() -> None:
         if key not in ROWS:
             raise BenchmarkError(f"unknown row {key!r}; known are {', '.join(ROWS)}")
     path = options.output / "compression.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    held = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, Any] = {key: result for key, result in held.items() if key in ROWS}
     bench = Bench(options.output / "fashion", options.epochs)
     if options.fresh:
         _forget(bench, keys, results)
