@@ -71,7 +71,7 @@ class Batches:
         for index in order[:count].split(self.size):
             pixels = self.images.pixels[index]
             shown = _moved(pixels) if self.augment else pixels
-            # a third less time for a training step on a CPU
+            # a quarter less time for a training step on a CPU
             shown = shown.contiguous(memory_format=torch.channels_last)
             yield shown, self.images.labels[index]
 

@@ -20,7 +20,7 @@ _FEW = 8  # batches that scores, least squares and calibration look at
 
 
 class Compiled(torch.nn.Module):
-    """A compiled file as a module: as a teacher it takes a quarter of the program's time."""
+    """A compiled file as a module: as a teacher it takes two thirds of the time."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
