@@ -31,6 +31,7 @@ from graphopt.backends.lower.fusing import following_activation, later_residual,
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
+    KernelSource,
     LoadTransform,
     Margins,
     Step,
@@ -119,7 +120,7 @@ class ConvolutionStep(Step):
 
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
         workload = self.workload(inputs, output)
-        weight, bias, multiplier = self._arrays(context, workload)
+        weight, bias, multiplier = self.arrays(context, workload)
         if output.order == "planar":
             return _sparse(context, workload, weight, bias, multiplier)
         if is_depthwise(workload):
@@ -139,10 +140,10 @@ class ConvolutionStep(Step):
 
     def weight(self, context: Context, workload: Conv2d) -> Array:
         """The weight as OIHW."""
-        return self._arrays(context, workload)[0]
+        return self.arrays(context, workload)[0]
 
-    def _arrays(
-        self, context: Context, workload: Conv2d
+    def arrays(
+        self, context: KernelSource, workload: Conv2d
     ) -> tuple[Array, Array | None, Array | None]:
         """Weight as OIHW, bias, multiplier."""
         weight = context.array(self.constants.weight)
@@ -208,8 +209,8 @@ class BatchNormStep(ConvolutionStep):
         super().__init__(nodes, x, statistics, Window(groups=channels), epilogue)
         self._affine = arguments["weight"], arguments["bias"], float(arguments["eps"])
 
-    def _arrays(
-        self, context: Context, workload: Conv2d
+    def arrays(
+        self, context: KernelSource, workload: Conv2d
     ) -> tuple[Array, Array | None, Array | None]:
         gamma, beta, epsilon = self._affine
         variance = context.array(self.constants.weight).astype(np.float64)

@@ -9,7 +9,6 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.backends.cpu.concat import concat
-from graphopt.backends.cpu.convert import convert
 from graphopt.backends.cpu.planar import as_map, reorder
 from graphopt.backends.cpu.pointwise import add, mul
 from graphopt.backends.cpu.pool import pack_pool2d, pool2d
@@ -26,7 +25,16 @@ from graphopt.backends.cpu.workload import (
 )
 from graphopt.backends.lower.convolution import quantized_add
 from graphopt.backends.lower.fusing import activation_of, following_activation
-from graphopt.backends.lower.step import Context, Kernel, Step, is_integer_op, pair, rank, value_of
+from graphopt.backends.lower.step import (
+    Context,
+    Kernel,
+    KernelSource,
+    Step,
+    is_integer_op,
+    pair,
+    rank,
+    value_of,
+)
 
 
 def _kernel(function: Any, constants: tuple[Any, ...] = ()) -> Kernel:
@@ -40,13 +48,16 @@ class ConvertStep(Step):
         super().__init__(nodes, [x], nodes[-1])
         self.parameters = parameters
 
-    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+    def workload(self, inputs: list[Layout], output: Layout) -> Convert:
+        """What the kernel computes on these layouts."""
         x_order, y_order = (
             "nchw" if plain and not self.is_rows else "nhwc"
             for plain in (self.plain_inputs[0], self.plain_output)
         )
-        workload = Convert(inputs[0], output, x_order, y_order, **self.parameters)
-        return _kernel(convert(workload, context.isa, context.threads))
+        return Convert(inputs[0], output, x_order, y_order, **self.parameters)
+
+    def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
+        return context.convert(self.workload(inputs, output))
 
 
 class PoolStep(Step):
@@ -57,8 +68,12 @@ class PoolStep(Step):
         self.multiplier = multiplier
         self.parameters = parameters
 
+    def workload(self, inputs: list[Layout], output: Layout) -> Pool2d:
+        """What the kernel computes on these layouts."""
+        return Pool2d(x=inputs[0], y=output, **self.parameters)
+
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
-        workload = Pool2d(x=inputs[0], y=output, **self.parameters)
+        workload = self.workload(inputs, output)
         function = pool2d(workload, context.isa, context.threads)
         return _kernel(function, tuple(pack_pool2d(workload, self.multiplier)))
 
@@ -77,11 +92,14 @@ class AddStep(Step):
         self.parameters = parameters
         self.activation = activation
 
+    def workload(self, inputs: list[Layout], output: Layout) -> Add:
+        """What the kernel computes on these layouts."""
+        return Add(inputs[0], inputs[1], output, self.parameters, self.activation)
+
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
         if output.order == "planar":
             inputs, output = [as_map(layout) for layout in inputs], as_map(output)
-        workload = Add(inputs[0], inputs[1], output, self.parameters, self.activation)
-        return _kernel(add(workload, context.isa, context.threads))
+        return _kernel(add(self.workload(inputs, output), context.isa, context.threads))
 
 
 class MulStep(Step):
@@ -93,17 +111,23 @@ class MulStep(Step):
         super().__init__(nodes, inputs, nodes[-1])
         self.activation = activation
 
+    def workload(self, inputs: list[Layout], output: Layout) -> Mul:
+        """What the kernel computes on these layouts."""
+        return Mul(inputs[0], inputs[1], output, self.activation)
+
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
-        workload = Mul(inputs[0], inputs[1], output, self.activation)
-        return _kernel(mul(workload, context.isa, context.threads))
+        return _kernel(mul(self.workload(inputs, output), context.isa, context.threads))
 
 
 class ConcatStep(Step):
     """Concatenation along channels."""
 
+    def workload(self, inputs: list[Layout], output: Layout) -> Concat:
+        """What the kernel computes on these layouts."""
+        return Concat(tuple(inputs), output, (None,) * len(inputs))
+
     def kernel(self, context: Context, inputs: list[Layout], output: Layout) -> Kernel:
-        workload = Concat(tuple(inputs), output, (None,) * len(inputs))
-        return _kernel(concat(workload, context.isa, context.threads))
+        return _kernel(concat(self.workload(inputs, output), context.isa, context.threads))
 
 
 def select_integer(node: fx.Node) -> Step | None:
@@ -285,10 +309,9 @@ def reordered(x: Layout, y: Layout, context: Context) -> Kernel:
     return _kernel(reorder(x, y, context.isa, context.threads))
 
 
-def relayout(x: Layout, y: Layout, x_order: str, y_order: str, context: Context) -> Kernel:
+def relayout(x: Layout, y: Layout, x_order: str, y_order: str, context: KernelSource) -> Kernel:
     """The kernel that only moves: same elements, another layout or order."""
-    workload = Convert(x, y, x_order, y_order)
-    return _kernel(convert(workload, context.isa, context.threads))
+    return context.convert(Convert(x, y, x_order, y_order))
 
 
 def _same_shapes(*nodes: fx.Node) -> bool:

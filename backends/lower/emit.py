@@ -24,6 +24,7 @@ from graphopt.backends.lower.sparse import Orders, choose_orders
 from graphopt.backends.lower.step import (
     Context,
     Kernel,
+    KernelSource,
     LoadTransform,
     Step,
     dense_rows,
@@ -71,12 +72,17 @@ class Lowered:
 
 
 def emit(plan: Plan, context: Context) -> Lowered:
-    """Build the module; its outputs are the program's, flattened."""
-    return _Emitter(plan, context, choose_orders(plan, context)).run()
+    """Build the module for a CPU; its outputs are the program's, flattened."""
+    return emit_kernels(plan, context, choose_orders(plan, context))
+
+
+def emit_kernels(plan: Plan, source: KernelSource, orders: Orders) -> Lowered:
+    """Build the module of ``source``'s kernels."""
+    return _Emitter(plan, source, orders).run()
 
 
 class _Emitter:
-    def __init__(self, plan: Plan, context: Context, orders: Orders) -> None:
+    def __init__(self, plan: Plan, context: KernelSource, orders: Orders) -> None:
         self.plan = plan
         self.context = context
         self.orders = orders
@@ -246,7 +252,7 @@ class _Emitter:
             inputs.append(source)
             layouts.append(layout)
         output = self._output_layout(step)
-        kernel = step.kernel(self.context, layouts, output)
+        kernel = self.context.kernel(step, layouts, output)
         nchw = step.plain_output and not step.is_rows
         shape = _nchw(output) if nchw else _shape(output)
         made = self._kernel(kernel, inputs, shape, output.dtype, step.output.name, step.nodes)
@@ -260,7 +266,7 @@ class _Emitter:
     def _planar_step(self, step: Step) -> None:
         taken = [self._planar_input(value) for value in step.inputs]
         output = planar(self.plan.layouts[step.output])
-        kernel = step.kernel(self.context, [layout for _, layout in taken], output)
+        kernel = self.context.kernel(step, [layout for _, layout in taken], output)
         name, sources = step.output.name, [source for source, _ in taken]
         self.planar[step.output] = self._kernel(
             kernel, sources, output.shape, output.dtype, name, step.nodes
@@ -275,13 +281,14 @@ class _Emitter:
             inputs.append(self._reorder(rows, layout, layouts[-1], [value]))
         output = dense_rows(step.output)
         planes = planar(output)
-        kernel = step.kernel(self.context, layouts, planes)
+        kernel = self.context.kernel(step, layouts, planes)
         name = f"{step.output.name}_planes"
         made = self._kernel(kernel, inputs, planes.shape, output.dtype, name, step.nodes)
         rows = self._reorder(made, planes, output, step.nodes)
         self.plain[step.output] = self._logical(rows, step.output)
 
     def _reorder(self, source: fx.Node, x: Layout, y: Layout, nodes: list[fx.Node]) -> fx.Node:
+        assert isinstance(self.context, Context), "planar tensors are for CPUs"
         kernel, name = reordered(x, y, self.context), f"{nodes[-1].name}_{y.order}"
         return self._kernel(kernel, [source], y.shape, y.dtype, name, nodes)
 

@@ -7,7 +7,7 @@ between two kernels; among plain values it is left to Relax, unless its operator
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,8 @@ from graphopt.backends.lower.step import (
 )
 from graphopt.program import Program
 
-SELECTORS: tuple[Callable[[fx.Node], Step | None], ...] = (
+Selector = Callable[[fx.Node], Step | None]
+SELECTORS: tuple[Selector, ...] = (
     convolution.select_integer,
     convolution.select_float,
     elementwise.select_integer,
@@ -66,13 +67,15 @@ class Plan:
         return step is not None and not step.plain_output
 
 
-def make_plan(program: Program) -> Plan:
-    """Choose steps, then forms, then layouts."""
+def make_plan(
+    program: Program, selectors: Sequence[Selector] = SELECTORS, margins: bool = True
+) -> Plan:
+    """Choose steps, then forms, then layouts: with ``margins`` for the padding that kernels read, where they do not test."""
     program = attention.spell_masks(program)
     plan = Plan(program)
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in plan.inside:
-            _select(plan, node)
+            _select(plan, node, selectors)
     _find_live(plan)
     wanted = _wanted(plan)
     for node in list(program.graph.nodes):
@@ -81,7 +84,7 @@ def make_plan(program: Program) -> Plan:
             _settle(plan, step, node in wanted)
         elif _renames(plan, node):
             plan.same[node] = node.all_input_nodes[0]
-    _assign_layouts(plan)
+    _assign_layouts(plan, margins)
     parts = {
         node: [plan.root(value) for value in plan.steps[node].inputs]
         for node in concatenations(plan.program.graph.nodes, plan.steps)
@@ -90,10 +93,10 @@ def make_plan(program: Program) -> Plan:
     return plan
 
 
-def _select(plan: Plan, node: fx.Node) -> None:
+def _select(plan: Plan, node: fx.Node, selectors: Sequence[Selector]) -> None:
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return
-    for select in SELECTORS:
+    for select in selectors:
         step = select(node)
         if step is not None:
             plan.steps[step.output] = step
@@ -199,7 +202,7 @@ def _renames(plan: Plan, node: fx.Node) -> bool:
     return source.meta["val"].dtype in DTYPES and plan.is_physical(source)
 
 
-def _assign_layouts(plan: Plan) -> None:
+def _assign_layouts(plan: Plan, with_margins: bool) -> None:
     """Every physical value gets the margins that its readers need together."""
     margins: dict[fx.Node, Margins] = {}
     fills: dict[fx.Node, int] = {}
@@ -207,7 +210,7 @@ def _assign_layouts(plan: Plan) -> None:
         for index, value in enumerate(step.inputs):
             if step.plain_inputs[index]:
                 continue
-            root, needed = plan.root(value), step.margins(index)
+            root, needed = plan.root(value), step.margins(index) if with_margins else Margins()
             margins[root] = margins.get(root, Margins()).union(needed)
             if needed != Margins():
                 fills[root] = step.fill(index)

@@ -13,8 +13,9 @@ from torch import fx
 
 import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
 from graphopt.backends.cpu.conv_plan import ConvChoice
+from graphopt.backends.cpu.convert import convert
 from graphopt.backends.cpu.isa import Isa
-from graphopt.backends.cpu.workload import Conv2d, Layout
+from graphopt.backends.cpu.workload import Conv2d, Convert, Layout
 from graphopt.errors import CompileError
 from graphopt.program import Program
 
@@ -40,18 +41,39 @@ class Margins:
         )
 
 
+class KernelSource(ABC):
+    """Makes code of steps, for one kind of target; see ``Context`` for CPUs."""
+
+    program: Program
+
+    def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
+        """The parameter that a ``get_attr`` node reads, as NumPy."""
+        return self.program.tensor(node).detach().contiguous().numpy()
+
+    @abstractmethod
+    def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
+        """The code of a step on these layouts."""
+
+    @abstractmethod
+    def convert(self, workload: Convert) -> Kernel:
+        """The code of a conversion."""
+
+
 @dataclass(frozen=True)
-class Context:
-    """What every step needs to become code; ``choices`` are tuned ones, by ``candidates.workload_key``."""
+class Context(KernelSource):
+    """Code for CPUs; ``choices`` are tuned ones, by ``candidates.workload_key``."""
 
     program: Program
     isa: Isa
     threads: int
     choices: Mapping[str, ConvChoice] = field(default_factory=dict)
 
-    def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
-        """The parameter that a ``get_attr`` node reads, as NumPy."""
-        return self.program.tensor(node).detach().contiguous().numpy()
+    def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
+        return step.kernel(self, inputs, output)
+
+    def convert(self, workload: Convert) -> Kernel:
+        function = convert(workload, self.isa, self.threads)
+        return Kernel(str(function.attrs["global_symbol"]), function)
 
 
 @dataclass(frozen=True)
