@@ -12,6 +12,7 @@ from graphopt.errors import RecipeError
 
 if TYPE_CHECKING:
     from graphopt.pipeline import Pipeline
+    from graphopt.program import Program
 
 _COMMA = re.compile(r",(?![^\[\]{}]*[\]}])")  # none inside brackets
 
@@ -29,18 +30,24 @@ def _as_yaml(text: str) -> str:
 
 
 def pipeline(
-    recipe: Path | None, passes: Sequence[str], given: Mapping[str, Callable[[], Any]]
+    recipe: Path | None,
+    passes: Sequence[str],
+    given: Mapping[str, Callable[[], Any]],
+    teacher: Program,
 ) -> Pipeline:
     """The recipe's passes, then ``passes``. ``given`` makes the data for the passes' options ``calibration`` and ``data``.
+
+    ``teacher``, the model as it came in, is what ``distill`` learns from.
 
     Raises RecipeError for a pass or option that does not exist, and for data that no pass takes.
     """
     from graphopt.pipeline import Pipeline
 
     data = {name: load() for name, load in given.items()}
-    steps = [*Pipeline.from_yaml(recipe, **data)] if recipe else []
+    offered = {**data, "teacher": teacher}
+    steps = [*Pipeline.from_yaml(recipe, **offered)] if recipe else []
     for text in passes:
-        steps += Pipeline.from_text(_as_yaml(text), f"--pass {text}", **data)
+        steps += Pipeline.from_text(_as_yaml(text), f"--pass {text}", **offered)
     taken = {field.name for step in steps for field in dataclasses.fields(step)}
     for name in data:
         if name not in taken:

@@ -56,7 +56,7 @@ class Source:
             given["calibration"] = lambda: data.calibration(calibration, captured, normalization)
         if labelled:
             given["data"] = lambda: data.labelled(labelled, captured)
-        pipeline = recipes.pipeline(self.recipe, self.passes, given)
+        pipeline = recipes.pipeline(self.recipe, self.passes, given, captured)
         for pass_ in pipeline:
             with step(pass_.name):
                 program = pass_(program)

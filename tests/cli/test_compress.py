@@ -120,6 +120,15 @@ def test_labelled_data_from_a_factory_and_an_npz(cli: Cli, nets: str, folder: Pa
         assert report["stats"]["nonzero"] < 0.6 * report["stats"]["parameters"]
 
 
+def test_the_model_as_it_came_teaches(cli: Cli, nets: str) -> None:
+    passes = ("--pass", "prune:schedule={global: 0.5}", "--pass", "distill:learning_rate=0.1")
+    options = (*SHAPE, *passes, "--data", f"{nets}:labelled", "--json")
+    _, taught = json.loads(cli("compress", f"{nets}:tiny", *options).stdout)["history"]
+    assert taught["rewrites"] > 0
+    assert taught["options"]["teacher"] == "<Program>"
+    assert taught["error"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
