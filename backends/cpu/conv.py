@@ -312,7 +312,9 @@ class _Kernel:
             )
             span = r * plan.taps_wide + s
             w_span = bind(weights + span * (plan.steps * depth))
-            if whole:
+            if self.isa.by_element:
+                self._loaded_steps(accumulators, vectors, w_span, x_span, whole)
+            elif whole:
                 with _optional_loop(whole) as k:
                     if ahead is not None:
                         self._prefetch(ahead, span * plan.steps + k, depth)
@@ -339,24 +341,80 @@ class _Kernel:
         valid: int = INT8_STEP,
     ) -> None:
         """One broadcast of every pixel times one packed weight of every channel vector."""
-        plan, isa = self.plan, self.isa
-        pitch = self.workload.stride[1] * self.workload.x.channel_stride
         weights, x_index = bind(weights), bind(x_index)
+
+        def spread(p: int) -> list[Expr]:
+            index = x_index + p * self._pitch
+            if not self.integer:
+                return [bind(emit.broadcast(emit.load(self.x, index, 1), self.plan.lanes))]
+            word = bind(emit.load_channels(self.x, index, valid))
+            return emit.spread_channels(self.isa, word)
+
+        self._products(accumulators, vectors, weights, spread)
+
+    def _loaded_steps(
+        self,
+        accumulators: emit.Accumulators,
+        vectors: int,
+        weights: Expr,
+        x_index: Expr,
+        steps: int,
+    ) -> None:
+        """A span's whole steps on a row whose multiply-adds read lanes: one load of a pixel serves several of them.
+
+        The weights are not fetched ahead: they run on from block to block, which the hardware sees.
+        """
+        plan, isa = self.plan, self.isa
+        depth, count = vectors * plan.step_elements, isa.steps_a_load
+        groups, rest = divmod(steps, count)
+        if groups:
+            with _optional_loop(groups) as k:
+                first = bind(x_index + k * (count * plan.step))
+                column = bind(weights + k * (count * depth))
+                pixels = [
+                    emit.load_steps(isa, self.x, first + p * self._pitch)
+                    for p in range(plan.pixels)
+                ]
+                for step in range(count):
+                    self._products(
+                        accumulators,
+                        vectors,
+                        column + step * depth,
+                        lambda p, step=step: emit.spread_step(isa, pixels[p], step),
+                    )
+        if rest:
+            with _optional_loop(rest) as k:
+                k = groups * count + k
+                self._step(accumulators, vectors, weights + k * depth, x_index + k * plan.step)
+
+    @property
+    def _pitch(self) -> int:
+        """Elements of x from a pixel of a tile to the next."""
+        return self.workload.stride[1] * self.workload.x.channel_stride
+
+    def _products(
+        self,
+        accumulators: emit.Accumulators,
+        vectors: int,
+        weights: Expr,
+        spread: Callable[[int], list[Expr]],
+    ) -> None:
+        """Add ``spread(pixel)``, the left operands of a step, times its weights to all sums of the tile."""
+        plan, isa = self.plan, self.isa
         offsets = [weights + v * plan.step_elements for v in range(vectors)]
         if not self.integer:
             columns = [bind(emit.load(self.weight, o, plan.lanes)) for o in offsets]
             for p in range(plan.pixels):
-                value = bind(emit.broadcast(emit.load(self.x, x_index + p * pitch, 1), plan.lanes))
+                (value,) = spread(p)
                 for v, column in enumerate(columns):
                     total = emit.multiply_add(isa, value, column, accumulators.get(p, v))
                     accumulators.set(p, v, total)
             return
         halves = [emit.load_weights(isa, self.weight, o) for o in offsets]
         for p in range(plan.pixels):
-            word = bind(emit.load_channels(self.x, x_index + p * pitch, valid))
-            spread = emit.spread_channels(isa, word)
+            operands = spread(p)
             for v, half in enumerate(halves):
-                accumulators.set(p, v, emit.dot(isa, accumulators.get(p, v), spread, half))
+                accumulators.set(p, v, emit.dot(isa, accumulators.get(p, v), operands, half))
 
 
 @contextmanager

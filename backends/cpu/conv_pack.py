@@ -38,16 +38,24 @@ def _pack_weight(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> A
     padded = np.zeros(size, weight.dtype)
     padded[:, : windows.shape[1], :, : windows.shape[3]] = windows
     groups, vectors, lanes = plan.groups, plan.group_vectors, plan.lanes
-    halves = isa.halves if plan.step == INT8_STEP else 1
-    # channel c of a step belongs to half c % halves, so that a mask and a shift split the activations
-    split = padded.reshape(groups, vectors, lanes, plan.all_steps, plan.step // halves, halves)
-    ordered = split.transpose(0, 1, 3, 5, 2, 4)  # group, vector, step, half, lane, channel
+    split = padded.reshape(groups, vectors, lanes, plan.all_steps, plan.step)
+    split = split.transpose(0, 1, 3, 2, 4)  # group, vector, step, lane, channel
+    halves = isa.half_channels if plan.step == INT8_STEP else ((0,),)
+    ordered = np.stack([split[..., channels] for channels in halves], axis=3)
     ordered = ordered.reshape(groups, vectors, plan.all_steps, plan.step_elements)
     blocks = [
         ordered[:, first : first + plan.vectors].transpose(0, 2, 1, 3).reshape(groups, -1)
         for first in range(0, vectors, plan.vectors)
     ]
     return np.ascontiguousarray(np.concatenate(blocks, axis=1).reshape(-1))
+
+
+def _flipped_sums(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> Array:
+    """``sum(flip * weight)`` of each output channel: what the products with ``x - flip`` leave out."""
+    windows = _windows(workload, plan, weight).astype(np.int32)
+    channel = np.arange(windows.shape[-1]) % INT8_STEP
+    sums = (windows * np.array(isa.flips, np.int32)[channel]).sum(axis=(2, 3), dtype=np.int32)
+    return sums.reshape(-1)
 
 
 def _pack_channels(plan: ConvPlan, values: Array) -> Array:
@@ -88,8 +96,11 @@ def pack_conv2d(
         raise CompileError(
             "conv2d on uint8 activations takes a multiplier for each output channel; pass one"
         )
+    start = folded_bias(workload, weight, bias)
+    if any(isa.flips):
+        start = start + _flipped_sums(workload, plan, isa, weight)
     return [
         _pack_weight(workload, plan, isa, weight),
-        _pack_channels(plan, folded_bias(workload, weight, bias)),
+        _pack_channels(plan, start),
         _pack_channels(plan, multiplier.astype(np.float32, copy=False)),
     ]

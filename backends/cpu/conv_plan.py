@@ -24,7 +24,6 @@ _LINE_CYCLES = 16.0  # each further one: 14 x 2 with a residual at 0.75 of 7 x 2
 _DOT_LATENCY = 5.0  # cycles from an accumulator to itself
 _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
 _TAIL_PENALTY = 1.05  # a narrower last block is code of its own
-_L2_BYTES_A_CYCLE = 32.0  # what weights that outgrow L1 stream at
 _TILE_CYCLES = 12.0  # a tile: addresses, accumulators, loop exits
 _BESIDE_REGISTERS = 12  # besides accumulators: weights, a spread pixel, an epilogue in progress
 _BESIDE_LEAST_REGISTERS = 32  # with 16, tiles that leave so many free are too small
@@ -204,14 +203,15 @@ def _tile_cycles(
     if dtype == "float32":
         products, spread, widen = 1, 0, 0
     else:
-        products = isa.halves * (1 if isa.dot_accumulates else 2)
-        spread, widen = (0, 0) if isa.halves == 1 else (2, isa.halves)
+        products = isa.products
+        spread, widen = {"dot": (0, 0), "pairs": (2, 2), "long": (2, 0)}[isa.form]
     arithmetic = pixels * vectors * products + pixels * spread + vectors * widen
-    step = max(arithmetic / 2, (pixels + vectors) / 2, _DOT_LATENCY)
+    loads = pixels / isa.steps_a_load + vectors
+    step = max(arithmetic / 2, loads / isa.loads_a_cycle, _DOT_LATENCY)
     step += pixels * _PIXEL_CYCLES + vectors * _WEIGHT_CYCLES
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
-        step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
+        step = max(step, weight_bytes / isa.l2_bytes_a_cycle)
     tile = pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
     if dtype != "float32":
         return steps * (step + _LOOP_CYCLES) + tile
@@ -224,7 +224,7 @@ def overlaps(isa: Isa, dtype: str, pixels: int, vectors: int) -> bool:
 
     A row whose dot product does not accumulate keeps all pipes busy with its steps: it loses 4 %.
     """
-    if dtype != "uint8" or not isa.dot_accumulates or isa.registers < _BESIDE_LEAST_REGISTERS:
+    if dtype != "uint8" or not isa.can_overlap or isa.registers < _BESIDE_LEAST_REGISTERS:
         return False
     return pixels > 1 and pixels * vectors + _BESIDE_REGISTERS <= isa.registers
 
@@ -235,7 +235,7 @@ def _overlapped_cycles(isa: Isa, pixels: int, vectors: int, steps: int) -> float
     step += vectors * _BESIDE_WEIGHT_CYCLES
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
-        step = max(step, weight_bytes / _L2_BYTES_A_CYCLE)
+        step = max(step, weight_bytes / isa.l2_bytes_a_cycle)
     unit = PACKED_VECTORS // math.gcd(PACKED_VECTORS, vectors)  # pixels of a whole pack
     finished = -(-pixels // unit) * unit
     burst = _BURST_PENALTY if unit * vectors > 2 * PACKED_VECTORS else 1.0

@@ -110,7 +110,7 @@ def pack_depthwise(
     """
     bytes_plan = plan_bytes(workload, isa)
     if bytes_plan is not None and multiplier is not None:
-        return pack_bytes(bytes_plan, workload, weight, bias, multiplier)
+        return pack_bytes(bytes_plan, workload, isa, weight, bias, multiplier)
     plan = _plan(workload, isa)
     packed = np.stack([weight[first : first + plan.lanes, 0] for first in plan.blocks])
     packed = np.ascontiguousarray(packed.transpose(0, 2, 3, 1)).reshape(-1)

@@ -22,8 +22,9 @@ from graphopt.backends.cpu.emit import (
     bind,
     constant,
     dot,
-    intrinsic,
+    flipped,
     load,
+    pack,
     round_to_int,
     slice_lanes,
     store,
@@ -159,7 +160,8 @@ class ByteKernel:
             row = min(step * plan.group + tap, last)
             index = origin + pixel * layout.channel_stride
             index = index + (row * line + offset * layout.channel_stride)
-            rows.append(self.gather(self.x, index, block, self.workload.stride[1]))
+            value = self.gather(self.x, index, block, self.workload.stride[1])
+            rows.append(flipped(self.isa, value, [tap] * INT8_STEP))
         return self.interleave(rows)
 
     def interleave(self, rows: Sequence[Expr]) -> list[Expr]:
@@ -168,7 +170,8 @@ class ByteKernel:
             first = _unpack(rows[0], rows[1], 1, bool(high), size)
             second, unit = constant("uint8", 0, size), 1
             if self.plan.group == INT8_STEP:
-                second, unit = _unpack(rows[2], rows[3], 1, bool(high), size), 2
+                second = _unpack(rows[2], rows[3], 1, bool(high), size)
+                unit = PART_BYTES // 2 if self.isa.form == "long" else 2
             operands += [_unpack(first, second, unit, bool(half), size) for half in (0, 1)]
         return [self.as_operand(operand) for operand in operands]
 
@@ -225,7 +228,7 @@ class ByteKernel:
                 if rounding.qmin > 0:
                     scaled = T.max(scaled, constant("float32", rounding.qmin - zero_point, lanes))
                 scaled = T.min(scaled, constant("float32", rounding.qmax - zero_point, lanes))
-                values.append(bind(round_to_int(scaled, lanes)))
+                values.append(bind(round_to_int(scaled, lanes, self.isa.round_intrinsic)))
         self.store_bytes(values, zero_point, position, block)
 
     def widened_residual(self, view: View, position: Position, block: Block) -> list[Expr]:
@@ -244,10 +247,10 @@ class ByteKernel:
         plan, size = self.plan, self.plan.vector_bytes
         offset = constant("int16", zero_point, 2 * plan.lanes)
         words = [
-            bind(intrinsic(f"int16x{2 * plan.lanes}", self.isa.pack_words, *pair) + offset)
+            bind(pack(self.isa, "int16", self.isa.pack_words, *pair) + offset)
             for pair in zip(values[::2], values[1::2], strict=True)
         ]
-        packed = bind(intrinsic(f"uint8x{size}", self.isa.pack_bytes, words[0], words[-1]))
+        packed = bind(pack(self.isa, "uint8", self.isa.pack_bytes, words[0], words[-1]))
         if plan.operands == 2:  # both halves of each part are the same eight channels
             order = [part + byte for part in range(0, size, PART_BYTES) for byte in range(8)]
             packed = bind(tirx.Shuffle([packed], order))

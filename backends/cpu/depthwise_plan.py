@@ -103,7 +103,7 @@ def plan_bytes(workload: Conv2d, isa: Isa) -> BytePlan | None:
     steps = -(-height // group)
     if x.dtype != "uint8" or x.channels < PART_BYTES or steps * width > MAX_STEPS:
         return None
-    dots = steps * width * (1 if isa.dot_accumulates else 2)
+    dots = steps * width * isa.dot_instructions
     carried = carried_columns(workload)
 
     def cost(plan: BytePlan) -> float:
@@ -125,6 +125,7 @@ def plan_bytes(workload: Conv2d, isa: Isa) -> BytePlan | None:
         shares = rows == 1 or (
             workload.stride[0] == workload.dilation[0] == 1
             and -(-(height + rows - 1) // group) == steps
+            and len(set(isa.flips)) == 1  # a tap's place in its step is another one in each row
         )
         if blocks is not None and shares:
             plans.append(BytePlan(isa.vector_bytes, group, steps, rows, operands, blocks))
@@ -148,13 +149,14 @@ def _channel_order(plan: BytePlan, block: Block) -> npt.NDArray[np.intp]:
 def pack_bytes(
     plan: BytePlan,
     workload: Conv2d,
+    isa: Isa,
     weight: npt.NDArray[np.generic],
     bias: npt.NDArray[np.generic] | None,
     multiplier: npt.NDArray[np.float32],
 ) -> list[npt.NDArray[np.generic]]:
-    """Weights ``[block][row][step][column][operand][lane][group]``, bias and multipliers ``[block][operand][lane]``.
+    """Weights ``[block][row][step][column][operand][half][lane][group]``, bias and multipliers ``[block][operand][lane]``.
 
-    Taps that fill up a group are zero. The zero point of the input goes into the bias.
+    Taps that fill up a group are zero. The zero point of the input goes into the bias, and what the row's flips leave out.
     """
     channels, _, height, width = weight.shape
     taps = np.zeros((channels, plan.rows, plan.steps * plan.group, width), np.int8)
@@ -164,5 +166,11 @@ def pack_bytes(
     split = split.transpose(1, 2, 4, 0, 3)  # row, step, column, channel, group
     order = np.stack([_channel_order(plan, block) for block in plan.blocks])
     packed = np.stack([split[:, :, :, channel] for channel in order])
-    sums, scales = folded_bias(workload, weight, bias)[order], multiplier.astype(np.float32)[order]
+    if isa.form == "long":
+        packed = np.stack([packed[..., half] for half in isa.half_channels], axis=-3)
+    start = folded_bias(workload, weight, bias)
+    if any(isa.flips):
+        flips = np.array(isa.flips, np.int32)
+        start = start + np.einsum("swcg,g->c", split[0].astype(np.int32), flips)
+    sums, scales = start[order], multiplier.astype(np.float32)[order]
     return [np.ascontiguousarray(array).reshape(-1) for array in (packed, sums, scales)]

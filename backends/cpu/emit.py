@@ -5,7 +5,7 @@ A vector of one lane is a scalar. Expressions are trees: a value used twice must
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,9 +115,12 @@ def clamp(value: Expr, low: float, high: float, lanes: int) -> Expr:
     return T.min(value, constant("float32", high, lanes))
 
 
-def round_to_int(value: Expr, lanes: int) -> Expr:
-    """Half to even, in the default rounding mode; the value must fit int32 (clamp in float first)."""
-    return intrinsic(vector("int32", lanes), "llvm.lrint", value)
+def round_to_int(value: Expr, lanes: int, name: str = "llvm.lrint") -> Expr:
+    """Half to even, in the default rounding mode; the value must fit int32 (clamp in float first).
+
+    ``name`` is the row's own instruction, where ``value`` is one of its vectors.
+    """
+    return intrinsic(vector("int32", lanes), name, value)
 
 
 def to_float(value: Expr, lanes: int) -> Expr:
@@ -142,6 +145,40 @@ def load_channels(buffer: Buffer, index: Expr, valid: int = INT8_STEP) -> Expr:
     return word
 
 
+def flipped(isa: Isa, value: Expr, order: Sequence[int] = tuple(range(INT8_STEP))) -> Expr:
+    """Bytes of activations as the row multiplies them; ``order`` are the channels of a step as they lie in ``value``, again
+    and again. ``value`` is of any type."""
+    if not any(isa.flips):
+        return value
+    word = sum(isa.flips[channel] << (8 * i) for i, channel in enumerate(order))
+    lanes = value.ty.dtype.bits * value.ty.dtype.lanes // 32
+    signed = word - 2**32 if word >= 2**31 else word
+    mask = constant("int32", signed, lanes)
+    return T.reinterpret(str(value.ty.dtype), T.reinterpret(vector("int32", lanes), value) ^ mask)
+
+
+def load_steps(isa: Isa, buffer: Buffer, index: Expr) -> Expr:
+    """The activations of ``steps_a_load`` steps of a pixel, for ``spread_step``: words of uint8, or float32."""
+    if str(buffer.dtype) == "float32":
+        return bind(load(buffer, index, isa.lanes))
+    value = load(buffer, index, isa.lanes * INT8_STEP)
+    return bind(flipped(isa, T.reinterpret(f"int32x{isa.lanes}", value)))
+
+
+def spread_step(isa: Isa, value: Expr, step: int) -> list[Expr]:
+    """The left operands of one step of ``load_steps``; LLVM makes them lanes that the multiply-adds read in place."""
+    if isa.form != "long":
+        word = tirx.Shuffle([value], [step] * isa.lanes)
+        if str(value.ty.dtype).startswith("float32"):
+            return [word]
+        return [T.reinterpret(f"int8x{INT8_STEP * isa.lanes}", word)]
+    if str(value.ty.dtype).startswith("float32"):
+        return [tirx.Shuffle([value], [step] * isa.lanes)]
+    pairs = T.reinterpret(f"int16x{2 * isa.lanes}", value)
+    halves = [tirx.Shuffle([pairs], [2 * step + half] * isa.lanes) for half in (0, 1)]
+    return [bind(T.reinterpret(f"int8x{2 * isa.lanes}", half)) for half in halves]
+
+
 def spread_channels(isa: Isa, word: Expr) -> list[Expr]:
     """4 uint8 in an int32, broadcast as the left operands of the row's dot products: one vector a half.
 
@@ -149,9 +186,11 @@ def spread_channels(isa: Isa, word: Expr) -> list[Expr]:
     of the broadcast word, cheaper than unpacking.
     """
     lanes = isa.lanes
-    if isa.dot_group == INT8_STEP:
-        return [bind(T.reinterpret(f"int8x{4 * lanes}", broadcast(word, lanes)))]
-    return spread_bytes(isa, broadcast(word, lanes))
+    if isa.form == "pairs":
+        return spread_bytes(isa, broadcast(word, lanes))
+    if isa.form == "long":
+        return spread_step(isa, bind(flipped(isa, broadcast(word, lanes))), 0)
+    return [bind(T.reinterpret(f"int8x{4 * lanes}", flipped(isa, broadcast(word, lanes))))]
 
 
 def spread_bytes(isa: Isa, value: Expr) -> list[Expr]:
@@ -163,10 +202,26 @@ def spread_bytes(isa: Isa, value: Expr) -> list[Expr]:
     return [bind(T.reinterpret(f"int16x{2 * lanes}", half)) for half in (even, odd)]
 
 
+def halves_of(isa: Isa, value: Expr) -> list[Expr]:
+    """A vector of bytes in the order of "long" as the operands of its two products."""
+    size = 2 * isa.lanes
+    return [slice_lanes(value, half * size, size, 2 * size) for half in (0, 1)]
+
+
+def halves_of_lanes(isa: Isa, value: Expr) -> list[Expr]:
+    """Bytes ``[lane][4]`` as the operands of the products of "long"."""
+    pairs = bind(T.reinterpret(f"int16x{2 * isa.lanes}", value))
+    halves = [tirx.Shuffle([pairs], list(range(half, 2 * isa.lanes, 2))) for half in (0, 1)]
+    return [bind(T.reinterpret(f"int8x{2 * isa.lanes}", half)) for half in halves]
+
+
 def load_weights(isa: Isa, buffer: Buffer, index: Expr) -> list[Expr]:
     """The right operands of an int8 step, packed ``[half][lane][group]`` int8: one vector a half."""
-    if isa.dot_group == INT8_STEP:
+    if isa.form == "dot":
         return [bind(load(buffer, index, isa.lanes * INT8_STEP))]
+    if isa.form == "long":
+        size = 2 * isa.lanes
+        return [bind(load(buffer, index + half * size, size)) for half in (0, 1)]
     size = isa.lanes * isa.dot_group
     return [
         bind(T.cast(load(buffer, index + half * size, size), f"int16x{size}"))
@@ -177,6 +232,10 @@ def load_weights(isa: Isa, buffer: Buffer, index: Expr) -> list[Expr]:
 def dot(isa: Isa, accumulator: Expr, x: list[Expr], weights: list[Expr]) -> Expr:
     """``accumulator + sum over 4 channels of x * weight`` in every lane, exact in int32."""
     dtype = vector("int32", isa.lanes)
+    if isa.form == "long":
+        return accumulator + _long_dot(isa, x, weights)
+    if any(isa.flips):  # of two int8 operands the second one may be a lane
+        x, weights = weights, x
     for left, right in zip(x, weights, strict=True):
         if isa.dot_accumulates:
             accumulator = intrinsic(dtype, isa.dot_intrinsic, accumulator, left, right)
@@ -185,14 +244,43 @@ def dot(isa: Isa, accumulator: Expr, x: list[Expr], weights: list[Expr]) -> Expr
     return accumulator
 
 
+def _long_dot(isa: Isa, x: list[Expr], weights: list[Expr]) -> Expr:
+    """Pairs of ``x * weight`` of the first half less those of the second one; ``smull``, ``smlsl``, ``sadalp``."""
+    if len(x) == 1:
+        x = halves_of(isa, x[0])
+    if len(weights) == 1:
+        weights = halves_of(isa, weights[0])
+    words = f"int16x{2 * isa.lanes}"
+    first, second = (
+        intrinsic(words, isa.dot_intrinsic, left, right)
+        for left, right in zip(x, weights, strict=True)
+    )
+    return intrinsic(vector("int32", isa.lanes), "llvm.aarch64.neon.saddlp", first - second)
+
+
 def dot_pairs(isa: Isa, accumulator: Expr, x: Expr, weights: Expr) -> Expr:
     """``accumulator + sum over 2 channels of x * weight`` modulo 2**32; both are int32 vectors of int16 pairs."""
     pairs = vector("int16", 2 * isa.lanes)
     left, right = T.reinterpret(pairs, x), T.reinterpret(pairs, weights)
     dtype = vector("int32", isa.lanes)
+    if not isa.pair_intrinsic:
+        for odd in (0, 1):
+            lanes = list(range(odd, 2 * isa.lanes, 2))
+            factors = [T.cast(tirx.Shuffle([side], lanes), dtype) for side in (left, right)]
+            accumulator = accumulator + factors[0] * factors[1]
+        return accumulator
     if isa.dot_accumulates:
         return intrinsic(dtype, isa.pair_intrinsic, accumulator, left, right)
     return accumulator + intrinsic(dtype, isa.pair_intrinsic, left, right)
+
+
+def pack(isa: Isa, dtype: str, name: str, a: Expr, b: Expr) -> Expr:
+    """Two vectors as one of elements of half the width, saturating: ``pack_words`` or ``pack_bytes`` of the row."""
+    lanes = a.ty.dtype.lanes
+    if isa.packs_two:
+        return intrinsic(vector(dtype, 2 * lanes), name, a, b)
+    halves = [bind(intrinsic(vector(dtype, lanes), name, value)) for value in (a, b)]
+    return tirx.Shuffle(halves, list(range(2 * lanes)))
 
 
 class Accumulators:

@@ -19,6 +19,7 @@ from graphopt.backends.cpu.emit import (
     clamp,
     constant,
     intrinsic,
+    pack,
     round_to_int,
     to_float,
     vector,
@@ -37,14 +38,20 @@ def round_and_clamp(requantize: Requantize | QuantizedAdd, value: Expr, lanes: i
     return rounded + constant("int32", requantize.zero_point, lanes)
 
 
-def _round_below(parameters: Requantize, accumulator: Expr, multiplier: Expr, lanes: int) -> Expr:
+def _round_below(
+    parameters: Requantize,
+    accumulator: Expr,
+    multiplier: Expr,
+    lanes: int,
+    rounding: str = "llvm.lrint",
+) -> Expr:
     """``rint(min(float32(accumulator) * multiplier, qmax - zero_point))`` as int32.
 
     The bounds are integers: clamping may wait until after the rounding, where integer instructions of every vector pipe do
     it. The upper bound may not: what exceeds int32 is rounded to its least element.
     """
     high = constant("float32", parameters.qmax - parameters.zero_point, lanes)
-    return round_to_int(T.min(to_float(accumulator, lanes) * multiplier, high), lanes)
+    return round_to_int(T.min(to_float(accumulator, lanes) * multiplier, high), lanes, rounding)
 
 
 def requantize(parameters: Requantize, accumulator: Expr, multiplier: Expr, lanes: int) -> Expr:
@@ -136,17 +143,23 @@ def before_pack(
     first, add = epilogue.requantize, epilogue.residual_add
     assert first is not None
     if add is None and first.fits:
-        return round_to_int(to_float(accumulator, isa.lanes) * multiplier, isa.lanes)
-    rounded = _round_below(first, accumulator, multiplier, isa.lanes)
+        scaled = to_float(accumulator, isa.lanes) * multiplier
+        return round_to_int(scaled, isa.lanes, isa.round_intrinsic)
+    rounded = _round_below(first, accumulator, multiplier, isa.lanes, isa.round_intrinsic)
     if add is None:
         return rounded
     # the layer's own zero point goes into the sum's constant
     a = bind(T.max(rounded, constant("int32", first.qmin - first.zero_point, isa.lanes)))
     add = replace(add, a_zero_point=add.a_zero_point - first.zero_point)
     b = T.cast(residual, vector("int32", isa.lanes))
+    return round_sum(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)
+
+
+def round_sum(add: QuantizedAdd, value: Expr, lanes: int) -> Expr:
+    """The sum of a ``QuantizedAdd`` rounded, as int32; the packs clamp it."""
     if _rounds_by_adding(add):
-        return _round_shifted(add, _scaled_sum(add, a, b, isa.lanes), isa.lanes)
-    return quantized_add(add, a, b, isa.lanes)
+        return _round_shifted(add, value, lanes)
+    return round_and_clamp(add, to_float(value, lanes) * constant("float32", 2.0**-add.shift, lanes), lanes)
 
 
 def _packed_range(epilogue: Epilogue) -> tuple[int, int, int]:
@@ -160,7 +173,7 @@ def pack_words(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:
     """Two vectors of ``before_pack`` as int16."""
     zero_point, _, _ = _packed_range(epilogue)
     size = 2 * isa.lanes
-    words = bind(intrinsic(f"int16x{size}", isa.pack_words, a, b))
+    words = bind(pack(isa, "int16", isa.pack_words, a, b))
     if not zero_point:
         return words
     added = constant("int16", zero_point, size)
@@ -175,7 +188,7 @@ def pack_bytes(isa: Isa, epilogue: Epilogue, a: Expr, b: Expr) -> Expr:
     """The bytes of two vectors of ``pack_words``, in the order of the packs: they saturate to 0 .. 255."""
     _, qmin, qmax = _packed_range(epilogue)
     size = PACKED_VECTORS * isa.lanes
-    q = T.reinterpret(f"uint8x{size}", intrinsic(f"int8x{size}", isa.pack_bytes, a, b))
+    q = T.reinterpret(f"uint8x{size}", pack(isa, "int8", isa.pack_bytes, a, b))
     if qmin > 0:
         q = T.max(q, constant("uint8", qmin, size))
     if qmax < 255:

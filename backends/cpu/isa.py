@@ -8,15 +8,25 @@ from functools import cached_property
 import tvm
 
 INT8_STEP = 4  # input channels an int8 step takes: one 32-bit broadcast of activations
+_FORMS = {"dot": 4, "pairs": 2, "long": 4}  # channels that one sum of products takes
+_LONG_SPARE = 3  # two halves of a spread pixel, a product
 
 
 @dataclass(frozen=True)
 class Isa:
     """Vector width, registers, dot product and LLVM names of an instruction set.
 
-    An int8 step multiplies a broadcast of 4 uint8 activations by int8 weights of ``lanes`` output channels. With
-    ``dot_group`` 4 one instruction does it (``dot_accumulates``: it adds to its first operand). With ``dot_group`` 2 both
-    sides are widened to int16 and two multiply-adds of pairs do it: u8 * s8 + u8 * s8 stays below 2**17, nothing saturates.
+    An int8 step multiplies a broadcast of 4 uint8 activations by int8 weights of ``lanes`` output channels. ``form`` says how:
+    "dot": one instruction of groups of 4 (``dot_accumulates``: it adds to its first operand).
+    "pairs": both sides are widened to int16 and two multiply-adds of pairs do it: u8 * s8 + u8 * s8 stays below 2**17.
+    "long": a vector is two halves of ``[lane][2]`` bytes, channels 0 and 1 of every lane and then 2 and 3; the second half's
+    int16 products are taken from the first one's, and pairs of the differences added to int32.
+    Nothing saturates in any of them.
+
+    Where the instruction takes no uint8, ``flips`` are what the channels of a step are combined with by exclusive or:
+    ``x - flip`` is multiplied in place of x, and the bias takes that back. ``x ^ 0x80`` is ``x - 128`` as int8; in "long",
+    which subtracts the second half, ``x ^ 0x7F`` is ``127 - x``: int16 holds every difference of two products of int8, and not
+    every sum (``-128 * -128 * 2``).
     """
 
     name: str
@@ -27,14 +37,28 @@ class Isa:
     lanes: int  # 32-bit lanes of a vector
     registers: int
     dot_intrinsic: str
-    pair_intrinsic: str  # of int16 pairs; adds to its first operand where dot_intrinsic does
+    pair_intrinsic: str  # of int16 pairs; adds to its first operand where dot_intrinsic does. Empty: widening multiplies
     dot_group: int
     dot_accumulates: bool
     fma: bool
     pack_words: str  # two vectors of int32 to int16, saturating, by 128-bit parts
     pack_bytes: str  # two vectors of int16 to uint8, likewise
+    form: str = "dot"
+    flips: tuple[int, int, int, int] = (0, 0, 0, 0)
+    by_element: bool = False  # multiply-adds take a lane of a vector as it is: a load serves ``lanes`` steps of a pixel
+    packs_two: bool = True  # pack_words and pack_bytes take two vectors, or one
+    round_intrinsic: str = "llvm.lrint"  # float32 to int32, half to even
+    loads_a_cycle: float = 2.0
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 512 * 1024
+    l2_bytes_a_cycle: float = 32.0
+
+    def __post_init__(self) -> None:
+        if self.dot_group != _FORMS.get(self.form):
+            raise ValueError(
+                f"row {self.name!r} says form {self.form!r} and dot_group {self.dot_group}; "
+                f"the forms and their groups are {_FORMS}"
+            )
 
     @property
     def vector_bytes(self) -> int:
@@ -45,6 +69,45 @@ class Isa:
     def halves(self) -> int:
         """Dot-product instructions that an int8 step takes."""
         return INT8_STEP // self.dot_group
+
+    @property
+    def half_channels(self) -> tuple[tuple[int, ...], ...]:
+        """The channels of a step that each half of its weights holds: a mask and a shift split pairs, halves of bytes lie apart."""
+        return {"dot": ((0, 1, 2, 3),), "pairs": ((0, 2), (1, 3)), "long": ((0, 1), (2, 3))}[
+            self.form
+        ]
+
+    @property
+    def steps_a_load(self) -> int:
+        """Steps whose activations one load of a pixel brings."""
+        return self.lanes if self.by_element else 1
+
+    @property
+    def dot_instructions(self) -> int:
+        """Instructions of one ``emit.dot`` of a half."""
+        if self.form == "long":
+            return 3
+        return 1 if self.dot_accumulates else 2
+
+    @property
+    def products(self) -> int:
+        """Instructions that multiply and add a step of one vector of sums."""
+        return self.halves * self.dot_instructions
+
+    @property
+    def pair_instructions(self) -> int:
+        """Instructions of one ``emit.dot_pairs``."""
+        return 1 if self.dot_accumulates and self.pair_intrinsic else 2
+
+    @property
+    def pair_registers(self) -> int:
+        """Registers of its weights: widening multiplies take the even and the odd ones apart."""
+        return 1 if self.pair_intrinsic else 2
+
+    @property
+    def can_overlap(self) -> bool:
+        """True where epilogues hide beside another tile's steps: one load a step and pixel leaves registers for both."""
+        return self.dot_accumulates and not self.by_element
 
     @cached_property
     def _target(self) -> tvm.target.Target:
@@ -68,14 +131,23 @@ class Isa:
     def tiles(self, dtype: str) -> tuple[tuple[int, int], ...]:
         """Register tiles ``(pixels, channel vectors)`` that fit: accumulators, a step's weights, its spread pixel, a product.
 
-        One register more than there are and the accumulators spill: 7 x 4 zmm run at 0.75 of 7 x 2.
+        One register more than there are and the accumulators spill: 7 x 4 zmm run at 0.75 of 7 x 2. Where a load serves several
+        steps, its pixels stay in registers too.
         """
-        halves = 1 if dtype == "float32" else self.halves
-        accumulates = self.fma if dtype == "float32" else self.dot_accumulates
-        free = self.registers - halves - (not accumulates)
+        integer = dtype != "float32"
+        weights = self.halves if integer else 1
+        accumulates = self.dot_accumulates if integer else self.fma
+        free = self.registers - (not accumulates)
+        held = 1 if self.by_element else 0  # registers a pixel
+        if not self.by_element:
+            free -= weights
+        elif integer:
+            free -= any(self.flips) + (_LONG_SPARE if self.form == "long" else 0)
+        if integer and self.form == "long":
+            weights = 2
         return tuple(
             (pixels, vectors)
             for vectors in range(1, 9)
             for pixels in range(1, free // vectors)
-            if pixels * vectors + halves * vectors <= free
+            if pixels * (vectors + held) + weights * vectors <= free
         )

@@ -135,7 +135,7 @@ def sums_fit(weight: npt.NDArray[np.int8], bias: npt.NDArray[np.int32] | None = 
 
 def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: int) -> float:
     """Estimated cycles of one register tile of one of the 36 matrix products."""
-    products = 2 if integer and not isa.dot_accumulates else 1
+    products = isa.pair_instructions if integer else 1
     step = max(tiles * vectors * products / 2, (tiles + vectors) * _LOAD_CYCLES, _LATENCY)
     step += _LOOP_CYCLES
     return steps * step + tiles * vectors * _PRODUCT_CYCLES + _CALL_CYCLES
@@ -144,11 +144,12 @@ def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: in
 def _register_tile(isa: Isa, integer: bool, line: int, vectors: int, steps: int) -> tuple[int, int]:
     """The ``tiles x vectors`` of least estimated time that leave registers for a step's weights and a product."""
     free = isa.registers - 1 - (integer and not isa.dot_accumulates)
+    weights = isa.pair_registers if integer else 1
     fitting = [
         (t, v)
         for v in range(1, min(_MOST_VECTORS, vectors) + 1)
         for t in range(1, line + 1)
-        if t * v + v <= free
+        if t * v + weights * v <= free
     ]
 
     def cycles(tile: tuple[int, int]) -> float:
@@ -229,7 +230,7 @@ def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
     steps, products = x.channels, 1
     if x.dtype == "uint8":
         steps = -(-x.channels // INT8_STEP)
-        products = isa.halves * (1 if isa.dot_accumulates else 2)
+        products = isa.products
     width = min(-(-y.width // pixels) * pixels for pixels in _DIRECT_PIXELS)
     pixels = (x.batch or 1) * y.height * width
     one = 9 * steps * products / 2 + _DIRECT_CYCLES

@@ -1,0 +1,1 @@
+"""ARM: the rows of its instruction sets and chips."""

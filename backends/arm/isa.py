@@ -1,0 +1,124 @@
+"""The aarch64 rows: three instruction sets, and the chips that are made of them.
+
+A dot product takes the activations of a lane where they lie (``sdot v0.4s, v1.16b, v2.4b[3]``), so that a load of 16 bytes
+serves 4 steps of a pixel. ``sdot`` knows no uint8: activations are flipped to int8. ``features`` are those of
+``/proc/cpuinfo``; a chip's row names all that LLVM may use for its ``mcpu``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from graphopt.backends.cpu.isa import Isa
+
+_TRIPLE = "aarch64-linux-gnu"
+_BASE = ("fp", "asimd")
+_KIB = 1024
+
+NEON = Isa(
+    name="neon",
+    mtriple=_TRIPLE,
+    mcpu="generic",
+    mattr=("+neon",),
+    features=_BASE,
+    lanes=4,
+    registers=32,
+    dot_intrinsic="llvm.aarch64.neon.smull",
+    pair_intrinsic="",
+    dot_group=4,
+    dot_accumulates=True,
+    fma=True,
+    pack_words="llvm.aarch64.neon.sqxtn",
+    pack_bytes="llvm.aarch64.neon.sqxtun",
+    form="long",
+    flips=(0x80, 0x80, 0x7F, 0x7F),
+    by_element=True,
+    packs_two=False,
+    round_intrinsic="llvm.aarch64.neon.fcvtns",
+    loads_a_cycle=1.0,
+    l2_bytes_a_cycle=8.0,
+)
+DOTPROD = replace(
+    NEON,
+    name="neon-dotprod",
+    mattr=("+neon", "+dotprod"),
+    features=(*_BASE, "asimddp"),
+    dot_intrinsic="llvm.aarch64.neon.sdot",
+    form="dot",
+    flips=(0x80, 0x80, 0x80, 0x80),
+    loads_a_cycle=2.0,
+    l2_bytes_a_cycle=16.0,
+)
+I8MM = replace(
+    DOTPROD,
+    name="neon-i8mm",
+    mattr=("+neon", "+dotprod", "+i8mm"),
+    features=(*_BASE, "asimddp", "i8mm"),
+    dot_intrinsic="llvm.aarch64.neon.usdot",
+    flips=(0, 0, 0, 0),
+)
+
+_V8_2 = ("crc32", "atomics", "asimdrdm", "fphp", "asimdhp", "lrcpc")
+
+ISAS: dict[str, Isa] = {
+    row.name: row
+    for row in (
+        NEON,
+        DOTPROD,
+        I8MM,
+        replace(
+            NEON,
+            name="raspberry-pi-4",
+            mcpu="cortex-a72",
+            mattr=("+neon", "-aes", "-sha2"),
+            features=(*_BASE, "crc32"),
+            l2_bytes=1024 * _KIB,
+        ),
+        replace(
+            DOTPROD,
+            name="raspberry-pi-5",
+            mcpu="cortex-a76",
+            features=(*_BASE, "asimddp", "aes", "pmull", "sha1", "sha2", *_V8_2),
+            l1_bytes=64 * _KIB,
+        ),
+        replace(
+            DOTPROD,
+            name="graviton2",
+            mcpu="neoverse-n1",
+            features=(*_BASE, "asimddp", "aes", "pmull", "sha1", "sha2", *_V8_2),
+            l1_bytes=64 * _KIB,
+            l2_bytes=1024 * _KIB,
+        ),
+        replace(
+            I8MM,
+            name="graviton3",
+            mcpu="neoverse-v1",
+            mattr=("+neon", "+dotprod", "+i8mm", "-sve"),
+            features=(
+                *_BASE,
+                "asimddp",
+                "i8mm",
+                *("aes", "pmull", "sha1", "sha2", "sha3", "sha512"),
+                *_V8_2,
+                *("asimdfhm", "bf16", "dcpop", "fcma", "flagm", "ilrcpc", "jscvt", "rng", "uscat"),
+            ),
+            l1_bytes=64 * _KIB,
+            l2_bytes=1024 * _KIB,
+        ),
+        replace(
+            DOTPROD,
+            name="apple-m1",
+            mcpu="apple-m1",
+            features=(
+                *_BASE,
+                "asimddp",
+                *("aes", "pmull", "sha1", "sha2", "sha3", "sha512"),
+                *_V8_2,
+                *("asimdfhm", "dcpop", "fcma", "flagm", "flagm2", "frint", "ilrcpc", "jscvt"),
+                *("sb", "uscat"),
+            ),
+            l1_bytes=128 * _KIB,
+            l2_bytes=4096 * _KIB,
+        ),
+    )
+}
