@@ -26,11 +26,11 @@ import graphopt as go
 from graphopt.backends.cpu.bandwidth import measure_bandwidths
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.peak import measure_peak
+from graphopt.backends.isas import ISAS
 from graphopt.backends.lower.emit import Lowered, emit
 from graphopt.backends.lower.plan import make_plan
 from graphopt.backends.lower.step import Context
 from graphopt.backends.targets import resolve
-from graphopt.backends.x86.isa import ISAS
 from graphopt.bench import Timing, charts, markdown, time_call
 from graphopt.bench.networks import NETWORKS
 from graphopt.bench.report import machine_name

@@ -59,9 +59,13 @@ def _chain(isa: Isa, dtype: str, accumulator: emit.Expr, operand: emit.Expr) -> 
     """One dot product that depends on its accumulator."""
     if dtype != "uint8":
         return emit.multiply_add(isa, accumulator, operand, operand)
+    vector = emit.vector("int32", isa.lanes)
+    if isa.form == "long":  # an invariant product would leave the loop here, too
+        narrow = f"int8x{4 * isa.lanes}"
+        both = T.reinterpret(narrow, accumulator)
+        return emit.dot(isa, accumulator, [both], [T.reinterpret(narrow, operand)])
     narrow = f"int8x{4 * isa.lanes}" if isa.dot_group == 4 else f"int16x{2 * isa.lanes}"
     right = T.reinterpret(narrow, operand)
-    vector = emit.vector("int32", isa.lanes)
     if isa.dot_accumulates:
         return emit.intrinsic(vector, isa.dot_intrinsic, accumulator, right, right)
     left = T.reinterpret(narrow, accumulator)

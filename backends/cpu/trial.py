@@ -26,7 +26,7 @@ from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import Conv2d, Layout
-from graphopt.backends.x86.isa import ISAS
+from graphopt.backends.isas import ISAS
 from graphopt.runtime import use_threads
 from graphopt.tuning.protocol import Unmeasurable
 

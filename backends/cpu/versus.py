@@ -36,7 +36,7 @@ from graphopt.backends.cpu.winograd import winograd
 from graphopt.backends.cpu.winograd_plan import plan_winograd
 from graphopt.backends.cpu.winograd_weights import pack_winograd
 from graphopt.backends.cpu.workload import Add, Conv2d, Convert, Layout
-from graphopt.backends.x86.isa import ISAS
+from graphopt.backends.isas import ISAS
 from graphopt.tuning.protocol import Unmeasurable
 
 Arrays = list[np.ndarray[Any, Any]]

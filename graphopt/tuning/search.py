@@ -88,7 +88,7 @@ class Search:
 
     def _device(self) -> tuple[Isa, int, str]:
         """What is measured on: the ISA row, the threads, the device's name."""
-        from graphopt.backends.x86.isa import ISAS
+        from graphopt.backends.isas import ISAS
 
         key = self.tuning.key
         name = cpu_name() if key is None else f"device {key}"
@@ -104,10 +104,10 @@ class Search:
 
     def _tunable(self, program: Program) -> list[tuple[Conv2d, str]]:
         """The workloads that lowering meets, with the cost model's choices."""
+        from graphopt.backends.isas import ISAS
         from graphopt.backends.lower.emit import emit
         from graphopt.backends.lower.plan import make_plan
         from graphopt.backends.lower.step import Context
-        from graphopt.backends.x86.isa import ISAS
 
         context = Context(program, ISAS[self.target.isa], self.threads)
         return emit(make_plan(program), context).tunable
@@ -128,8 +128,8 @@ def tune(
 
     Raises ``TuneError``, and ``TargetError`` where neither this machine nor a remote device runs the target's code.
     """
+    from graphopt.backends.isas import ISAS
     from graphopt.backends.lower.images import choose
-    from graphopt.backends.x86.isa import ISAS
 
     row, count = resolve(target), thread_count(threads)
     search = Search(row, count, tuning, budget)
