@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -90,6 +91,8 @@ class FineTune(Pass):
         )
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, self.epochs * (length(self.data) or 1)
+        """Made from the options alone: a run that goes on with more epochs goes on along their cosine."""
+        total = self.epochs * (length(self.data) or 1)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: (1 + math.cos(math.pi * done / total)) / 2
         )

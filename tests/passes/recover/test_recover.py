@@ -115,6 +115,21 @@ def test_the_learning_rate_falls_along_a_cosine(tmp_path: Path) -> None:
         assert rates == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_run_that_goes_on_with_more_epochs_follows_their_cosine(tmp_path: Path) -> None:
+    data, log = task(2), tmp_path / "log"
+    for epochs in (1, 2):
+        pass_ = go.passes.FineTune(
+            epochs=epochs, learning_rate=0.1, data=data, checkpoint=str(tmp_path / "checkpoint")
+        )
+        keywords = pass_.keywords()
+        keywords["log"] = log
+        go.fine_tune(capture(net()), data, **keywords)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if row["event"] == "step"]
+    # the step after the end has the rate that the first run ended with
+    assert rates == pytest.approx([0.1, 0.05, 0.0, 0.0146447], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("pass_", "message"),
     [
