@@ -1,8 +1,8 @@
 """What a model can be compiled for: one row a target, with the CPU features that its code needs.
 
 Feature names are those of ``/proc/cpuinfo``; the sets are the micro-architecture levels of the x86-64
-psABI, plus the dot-product instruction of the row. How to generate code for a row (LLVM's name of
-the CPU, registers, intrinsics) is in ``backends.x86.isa``, under ``Target.isa``. Imports no TVM:
+psABI, plus the dot-product instruction of the row; of ARM chips, what the kernel says of them. How to generate code for a row (LLVM's name of
+the CPU, registers, intrinsics) is in ``backends.isas``, under ``Target.isa``. Imports no TVM:
 sessions check features with it.
 """
 
@@ -20,8 +20,18 @@ from graphopt.errors import TargetError
 _LOG = logging.getLogger(__name__)
 
 _LINUX_X86 = "x86_64-unknown-linux-gnu"
+_LINUX_ARM = "aarch64-unknown-linux-gnu"
+_ANDROID = "aarch64-unknown-linux-android"
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
 _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+_NEON = frozenset({"asimd"})
+_ARM_V8_2 = _NEON | {
+    *("aes", "asimddp", "asimdhp", "asimdrdm", "atomics", "crc32", "fphp", "lrcpc"),
+    *("pmull", "sha1", "sha2"),
+}
+_ARM_V8_4 = _ARM_V8_2 | {
+    *("asimdfhm", "dcpop", "fcma", "flagm", "ilrcpc", "jscvt", "sha3", "sha512", "uscat"),
+}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 
@@ -35,6 +45,7 @@ class Target:
     triple: str
     features: frozenset[str]
     description: str
+    verified: str = "compiled only"  # how the tests run its code
 
     @property
     def architecture(self) -> str:
@@ -52,7 +63,16 @@ class Target:
 
 
 def _x86(name: str, isa: str, features: frozenset[str], description: str) -> Target:
-    return Target(name, "cpu", isa, _LINUX_X86, features, description)
+    verified = f"run on x86-64 processors that have {isa}"
+    return Target(name, "cpu", isa, _LINUX_X86, features, description, verified)
+
+
+def _arm(
+    name: str, features: frozenset[str], processor: str, description: str, isa: str = ""
+) -> Target:
+    triple = _ANDROID if name.startswith("android") else _LINUX_ARM
+    verified = f"emulated: qemu-user, {processor}"
+    return Target(name, "cpu", isa or name, triple, features, description, verified)
 
 
 # Best first: "native" takes the first row that this CPU can run.
@@ -62,6 +82,22 @@ _ROWS = (
     _x86("avx512", "avx512", _V4, "512-bit, int8 widened to int16"),
     _x86("avx2", "avx2", _V3, "256-bit, int8 widened to int16"),
     _x86("x86-64", "sse4", _V2, "128-bit baseline (x86-64-v2)"),
+    _arm("aarch64-i8mm", _NEON | {"asimddp", "i8mm"}, "max", "NEON, int8 by usdot", "neon-i8mm"),
+    _arm(
+        "aarch64-dotprod", _NEON | {"asimddp"}, "cortex-a76", "NEON, int8 by sdot", "neon-dotprod"
+    ),
+    _arm("aarch64", _NEON, "cortex-a53", "NEON, int8 by widening multiplies", "neon"),
+    _arm("raspberry-pi-4", _NEON | {"crc32"}, "cortex-a72", "Cortex-A72, NEON"),
+    _arm("raspberry-pi-5", _ARM_V8_2, "cortex-a76", "Cortex-A76, int8 by sdot"),
+    _arm("graviton2", _ARM_V8_2, "neoverse-n1", "Neoverse N1, int8 by sdot"),
+    _arm(
+        "graviton3",
+        _ARM_V8_4 | {"bf16", "i8mm", "rng"},
+        "max",
+        "Neoverse V1, int8 by usdot",
+    ),
+    _arm("apple-m1", _ARM_V8_4 | {"flagm2", "frint", "sb"}, "max", "aarch64 Linux, int8 by sdot"),
+    _arm("android-arm64", _NEON, "cortex-a53", "any arm64 Android, NEON"),
 )
 
 TARGETS = MappingProxyType({row.name: row for row in _ROWS})
@@ -93,6 +129,15 @@ ALIASES = MappingProxyType(
         "granite-rapids": "avx512-vnni",
         "zen4": "avx512-vnni",
         "zen5": "avx512-vnni",
+        "arm64": "aarch64",
+        "armv8-a": "aarch64",
+        "cortex-a53": "aarch64",
+        "cortex-a55": "aarch64-dotprod",
+        "cortex-a72": "raspberry-pi-4",
+        "cortex-a76": "raspberry-pi-5",
+        "neoverse-n1": "graviton2",
+        "ampere-altra": "graviton2",
+        "neoverse-v1": "graviton3",
     }
 )
 

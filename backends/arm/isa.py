@@ -1,8 +1,8 @@
 """The aarch64 rows: three instruction sets, and the chips that are made of them.
 
 A dot product takes the activations of a lane where they lie (``sdot v0.4s, v1.16b, v2.4b[3]``), so that a load of 16 bytes
-serves 4 steps of a pixel. ``sdot`` knows no uint8: activations are flipped to int8. ``features`` are those of
-``/proc/cpuinfo``; a chip's row names all that LLVM may use for its ``mcpu``.
+serves 4 steps of a pixel. ``sdot`` knows no uint8: activations are flipped to int8. A chip's row has the caches and the
+``mcpu`` that its code is scheduled for; whatever else LLVM may use of it is among the features of its target.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from graphopt.backends.cpu.isa import Isa
 
 _TRIPLE = "aarch64-linux-gnu"
-_BASE = ("fp", "asimd")
+_BASE = ("asimd",)
 _KIB = 1024
 
 NEON = Isa(
@@ -58,34 +58,26 @@ I8MM = replace(
     flips=(0, 0, 0, 0),
 )
 
-_V8_2 = ("crc32", "atomics", "asimdrdm", "fphp", "asimdhp", "lrcpc")
-
 ISAS: dict[str, Isa] = {
     row.name: row
     for row in (
         NEON,
         DOTPROD,
         I8MM,
+        # Android keeps a register for itself.
+        replace(NEON, name="android-arm64", mtriple="aarch64-linux-android"),
         replace(
             NEON,
             name="raspberry-pi-4",
             mcpu="cortex-a72",
             mattr=("+neon", "-aes", "-sha2"),
-            features=(*_BASE, "crc32"),
             l2_bytes=1024 * _KIB,
         ),
-        replace(
-            DOTPROD,
-            name="raspberry-pi-5",
-            mcpu="cortex-a76",
-            features=(*_BASE, "asimddp", "aes", "pmull", "sha1", "sha2", *_V8_2),
-            l1_bytes=64 * _KIB,
-        ),
+        replace(DOTPROD, name="raspberry-pi-5", mcpu="cortex-a76", l1_bytes=64 * _KIB),
         replace(
             DOTPROD,
             name="graviton2",
             mcpu="neoverse-n1",
-            features=(*_BASE, "asimddp", "aes", "pmull", "sha1", "sha2", *_V8_2),
             l1_bytes=64 * _KIB,
             l2_bytes=1024 * _KIB,
         ),
@@ -93,15 +85,7 @@ ISAS: dict[str, Isa] = {
             I8MM,
             name="graviton3",
             mcpu="neoverse-v1",
-            mattr=("+neon", "+dotprod", "+i8mm", "-sve"),
-            features=(
-                *_BASE,
-                "asimddp",
-                "i8mm",
-                *("aes", "pmull", "sha1", "sha2", "sha3", "sha512"),
-                *_V8_2,
-                *("asimdfhm", "bf16", "dcpop", "fcma", "flagm", "ilrcpc", "jscvt", "rng", "uscat"),
-            ),
+            mattr=(*I8MM.mattr, "-sve"),
             l1_bytes=64 * _KIB,
             l2_bytes=1024 * _KIB,
         ),
@@ -109,14 +93,6 @@ ISAS: dict[str, Isa] = {
             DOTPROD,
             name="apple-m1",
             mcpu="apple-m1",
-            features=(
-                *_BASE,
-                "asimddp",
-                *("aes", "pmull", "sha1", "sha2", "sha3", "sha512"),
-                *_V8_2,
-                *("asimdfhm", "dcpop", "fcma", "flagm", "flagm2", "frint", "ilrcpc", "jscvt"),
-                *("sb", "uscat"),
-            ),
             l1_bytes=128 * _KIB,
             l2_bytes=4096 * _KIB,
         ),

@@ -39,13 +39,56 @@ def test_native_is_the_best_row_that_the_cpu_has_all_features_of(
 
 
 def test_native_on_a_cpu_without_a_row_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend(monkeypatch, frozenset({"asimd"}), "aarch64")
+    _pretend(monkeypatch, frozenset({"vfp"}), "armv7l")
     with pytest.raises(TargetError) as caught:
         resolve("native")
+    names = ", ".join(row.name for row in TARGETS.values() if row.kind == "cpu")
     assert str(caught.value) == (
-        "target 'native': this aarch64 CPU runs none of avx512-vnni, avx-vnni, avx512, avx2, "
-        "x86-64; compile on it for a named target of another machine instead"
+        f"target 'native': this armv7l CPU runs none of {names}; "
+        "compile on it for a named target of another machine instead"
     )
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ("fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid", "aarch64"),
+        (
+            "fp asimd crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp",
+            "aarch64-dotprod",
+        ),
+        ("fp asimd fphp asimddp sve asimdfhm i8mm bf16 dgh rng", "aarch64-i8mm"),
+    ],
+)
+def test_native_on_arm_is_a_row_of_instructions_and_no_chip(
+    monkeypatch: pytest.MonkeyPatch, features: str, expected: str
+) -> None:
+    _pretend(monkeypatch, parse_cpuinfo(f"Features\t: {features}\n"), "aarch64")
+    assert resolve("native").name == expected
+
+
+# What the kernels of these machines say of them.
+_CHIPS = {
+    "raspberry-pi-4": "fp asimd evtstrm crc32 cpuid",
+    "raspberry-pi-5": "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp",
+    "graviton2": "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs",
+    "graviton3": "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 "
+    "sm3 sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs paca pacg dcpodp svei8mm svebf16 i8mm bf16 dgh rng",
+    "apple-m1": "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 "
+    "asimddp sha512 asimdfhm dit uscat ilrcpc flagm sb paca pacg dcpodp flagm2 frint",
+}
+
+
+@pytest.mark.parametrize("name", _CHIPS)
+def test_a_chip_has_what_its_target_needs(name: str) -> None:
+    text = "".join(f"processor\t: {i}\nFeatures\t: {_CHIPS[name]}\n\n" for i in range(4))
+    assert TARGETS[name].missing(parse_cpuinfo(text)) == ()
+
+
+def test_an_older_chip_lacks_the_dot_product() -> None:
+    older = parse_cpuinfo(f"Features\t: {_CHIPS['raspberry-pi-4']}\n")
+    assert TARGETS["aarch64-dotprod"].missing(older) == ("asimddp",)
+    assert TARGETS["aarch64-i8mm"].missing(older) == ("asimddp", "i8mm")
 
 
 def test_an_x86_row_does_not_run_on_arm_even_with_equal_flags(
@@ -67,8 +110,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(TargetError) as caught:
         resolve("avx-512")
     assert str(caught.value) == (
-        "unknown target 'avx-512': did you mean 'avx512'? "
-        "known are native, avx512-vnni, avx-vnni, avx512, avx2, x86-64"
+        f"unknown target 'avx-512': did you mean 'avx512'? known are native, {', '.join(TARGETS)}"
     )
     with pytest.raises(TargetError, match=r"^unknown target 'q': known are native, "):
         resolve("q")
@@ -92,10 +134,13 @@ def test_numpy_agrees_with_the_kernel_where_both_know_a_feature() -> None:
 
 
 def test_the_code_of_every_row_uses_only_the_features_of_its_target() -> None:
-    from graphopt.backends.x86.isa import ISAS
+    from graphopt.backends.isas import ISAS
 
-    assert {row.isa for row in TARGETS.values()} == set(ISAS)
-    for row in TARGETS.values():
+    rows = [row for row in TARGETS.values() if row.kind == "cpu"]
+    assert {row.isa for row in rows} == set(ISAS)
+    for row in rows:
+        machine = ISAS[row.isa].mtriple.partition("-")[0]
+        assert machine == row.architecture
         assert set(ISAS[row.isa].features) <= row.features
 
 

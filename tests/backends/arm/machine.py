@@ -29,6 +29,7 @@ PROCESSORS = {
     "neon": "cortex-a53",
     "neon-dotprod": "cortex-a76",
     "neon-i8mm": "max",
+    "android-arm64": "cortex-a53",
     "raspberry-pi-4": "cortex-a72",
     "raspberry-pi-5": "cortex-a76",
     "graviton2": "neoverse-n1",
