@@ -1,6 +1,7 @@
-"""The compiled model as one file: ``.gopt`` = zip(``manifest.json``, ``model.so.zlib``, ``weights.safetensors``).
+"""The compiled model as one file: ``.gopt`` = zip(``manifest.json``, ``model.o.zlib``, ``model.so.zlib``, ``weights.safetensors``).
 
-The archive is stored; the library is deflated before it goes in (a third of its size), weights lie as they are used.
+The archive is stored; the library is deflated before it goes in (a third of its size), weights lie as they are used. The
+object file of the kernels is there for ``graphopt export``; a session does not read it.
 
 Everything is checked before the code is mapped: that the archive is of the one form that graphopt
 writes (``graphopt.container``), the format version, the SHA-256 of every member, and by CPUID that this
@@ -33,7 +34,8 @@ from graphopt.session import Session
 _LOG = logging.getLogger(__name__)
 
 _MANIFEST, _LIBRARY, _WEIGHTS = "manifest.json", "model.so.zlib", "weights.safetensors"
-_HASHED = (_LIBRARY, _WEIGHTS)
+_KERNELS = "model.o.zlib"
+_HASHED = (_LIBRARY, _WEIGHTS, _KERNELS)
 _LARGEST_LIBRARY = 1 << 30  # what a deflated member may grow to
 
 
@@ -41,13 +43,15 @@ _LARGEST_LIBRARY = 1 << 30  # what a deflated member may grow to
 class Artifact:
     """A compiled model in memory; ``program`` is the one that was compiled, ``report`` says how.
 
-    ``weights`` follow the inputs as arguments of ``manifest.entry`` in ``library``, in order.
+    ``weights`` follow the inputs as arguments of ``manifest.entry`` in ``library``, in order. ``kernels`` is the object file of
+    the functions that ``manifest.line`` calls.
     ``program`` and ``report`` are not saved (``manifest.report`` is).
     """
 
     manifest: Manifest
     library: bytes = dataclasses.field(repr=False)
     weights: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
+    kernels: bytes = dataclasses.field(default=b"", repr=False)
     program: Any = dataclasses.field(default=None, repr=False)
     report: Any = dataclasses.field(default=None, repr=False)
 
@@ -58,8 +62,11 @@ class Artifact:
     def members(self) -> dict[str, bytes]:
         """Return the members of the file by name; equal artifacts give equal bytes."""
         try:
-            library = zlib.compress(self.library, level=9)
-            body = {_LIBRARY: library, _WEIGHTS: weights_file.encode(self.weights)}
+            body = {
+                _LIBRARY: zlib.compress(self.library, level=9),
+                _KERNELS: zlib.compress(self.kernels, level=9),
+                _WEIGHTS: weights_file.encode(self.weights),
+            }
         except weights_file.WeightsError as error:
             raise ArtifactError(f"{_WEIGHTS} cannot be written: {error}") from error
         hashes = {
@@ -149,15 +156,15 @@ def _check_hash(name: str, data: memoryview, recorded: Any) -> None:
         raise container.ContainerError(f"member {name!r} does not have the hash in the manifest")
 
 
-def _inflated(data: memoryview) -> bytes:
+def _inflated(name: str, data: memoryview) -> bytes:
     stream = zlib.decompressobj()
     try:
-        library = stream.decompress(data, _LARGEST_LIBRARY)
+        code = stream.decompress(data, _LARGEST_LIBRARY)
     except zlib.error as error:
-        raise container.ContainerError(f"member {_LIBRARY!r} is not deflated data") from error
+        raise container.ContainerError(f"member {name!r} is not deflated data") from error
     if not stream.eof or stream.unused_data:
-        raise container.ContainerError(f"member {_LIBRARY!r} is cut off, too long or too large")
-    return library
+        raise container.ContainerError(f"member {name!r} is cut off, too long or too large")
+    return code
 
 
 def _opened(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, memoryview]]:
@@ -178,17 +185,18 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return _opened(path)[0]
 
 
-def read_artifact(path: str | os.PathLike[str]) -> Artifact:
+def read_artifact(path: str | os.PathLike[str], any_cpu: bool = False) -> Artifact:
     """Return the artifact in a ``.gopt`` file after every check that needs no trust in it.
 
     Raises ``ArtifactError``, naming file and member, for a file that cannot be read, is truncated,
     differs in one byte from what graphopt wrote, has other members, or is of another format version;
-    ``TargetError`` if this CPU cannot run it. Nothing is mapped or executed.
+    ``TargetError`` if this CPU cannot run it, which ``any_cpu`` leaves to who does. Nothing is mapped or executed.
     """
     manifest, members = _opened(path)
-    check_cpu(manifest, str(path))
+    if not any_cpu:
+        check_cpu(manifest, str(path))
     try:
-        library = _inflated(members[_LIBRARY])
+        library, kernels = (_inflated(name, members[name]) for name in (_LIBRARY, _KERNELS))
         weights = weights_file.decode(members[_WEIGHTS])
     except container.ContainerError as error:
         raise ArtifactError(f"{path} is refused: {error}") from error
@@ -197,7 +205,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     if tuple(weights) != manifest.weights:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS} holds not the manifest's weights")
     _LOG.debug("%s: %s, %d weights", path, manifest.target, len(weights))
-    return Artifact(manifest, library, weights)
+    return Artifact(manifest, library, weights, kernels)
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:

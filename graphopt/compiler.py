@@ -122,9 +122,10 @@ class _Compiler:
         module, weights = self._timed("import", lambda: import_module(exported))
         weights.update(lowered.stored)
         peaks = [_add_peak(lowered.functions, isa, dtype) for dtype in ("uint8", "float32")]
-        library = self._timed(
+        built = self._timed(
             "codegen", lambda: build_library(module, lowered.functions, isa.target())
         )
+        weights.update(built.constants)
         report = CompileReport(
             self.target.name,
             self.threads,
@@ -146,13 +147,14 @@ class _Compiler:
             threads=self.threads,
             image_by_image=images.alone,
             kernels=tuple(lowered.calls),
+            line=built.line,
             peaks=tuple(peaks),
             history=tuple(record.to_json() for record in program.history),
             stats=self.source.stats().to_json(),
             report=report.to_json(),
             versions=_versions(),
         )
-        return Artifact(manifest, library, weights, program, report)
+        return Artifact(manifest, built.library, weights, built.kernels, program, report)
 
     def _timed(self, stage: str, work: Any) -> Any:
         started = time.perf_counter()

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt import straight_line
+from graphopt.straight_line import UNRECORDED, StraightLine
 from graphopt.weights_file import ALIGNMENT
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class ManifestError(ValueError):
@@ -98,7 +100,8 @@ class Manifest:
     """See the module. ``weights`` names the arguments of ``entry`` after the inputs, in their order.
 
     Where ``image_by_image``, ``entry`` takes one image (dimension 0 of every input is 1) and gives its rows of every
-    output: it is run for each image of a batch, the rows stacked in order.
+    output: it is run for each image of a batch, the rows stacked in order. ``line`` is what ``entry`` does, for hosts that
+    call the kernels themselves.
     """
 
     target: str
@@ -113,6 +116,7 @@ class Manifest:
     threads: int = 1
     image_by_image: bool = False
     kernels: tuple[Kernel, ...] = ()
+    line: StraightLine = UNRECORDED
     peaks: tuple[Peak, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     stats: Mapping[str, Any] = field(default_factory=dict)
@@ -126,6 +130,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "members": dict(members),
             **dataclasses.asdict(self),
+            "line": self.line.to_json(),
         }
         return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
@@ -168,6 +173,13 @@ def _transform(value: Mapping[str, Any]) -> WeightTransform:
     return WeightTransform(**{**value, "result": _spec(value["result"])})
 
 
+def _line(value: Mapping[str, Any]) -> StraightLine:
+    try:
+        return straight_line.from_json(value)
+    except ValueError as error:
+        raise ManifestError(f"its line of calls is malformed: {error}") from error
+
+
 def check_structure(structure: Any, count: int) -> None:
     """Raise ``ManifestError`` unless every leaf of an output structure is one of ``count`` outputs."""
     if type(structure) is int and 0 <= structure < count:
@@ -198,6 +210,7 @@ def from_json(body: Mapping[str, Any]) -> Manifest:
             values[key] = tuple(read(item) for item in values[key])
         for key in ("features", "weights", "history"):
             values[key] = tuple(values[key])
+        values["line"] = _line(values["line"])
         manifest = Manifest(**values)
         check_structure(manifest.output_structure, len(manifest.outputs))
     except (KeyError, TypeError, AttributeError, IndexError) as error:

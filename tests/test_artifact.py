@@ -98,7 +98,8 @@ def test_two_saves_are_the_same_bytes_and_an_ordinary_zip(saved: Path, tmp_path:
     assert again.read_bytes() == saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         assert archive.testzip() is None
-        assert archive.namelist() == ["manifest.json", "model.so.zlib", "weights.safetensors"]
+        members = ["manifest.json", "model.o.zlib", "model.so.zlib", "weights.safetensors"]
+        assert archive.namelist() == members
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
@@ -250,7 +251,7 @@ def test_a_library_that_does_not_inflate_is_refused(
 def test_another_format_version_is_refused_by_name(saved: Path) -> None:
     _edit_manifest(saved, lambda body: body.update(format_version=1))
     assert _refusal(saved) == (
-        "manifest.json: it has format version 1 and this graphopt reads 3; "
+        "manifest.json: it has format version 1 and this graphopt reads 4; "
         "compile the model again, or use the graphopt that made it"
     )
 

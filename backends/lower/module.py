@@ -12,6 +12,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
+from graphopt.backends.lower.lift_constants import LiftConstants
 from graphopt.backends.lower.one_tensor import unify_tensors
 from graphopt.backends.lower.scratch import hoist_scratch
+from graphopt.backends.lower.straight_line import Recorder
+from graphopt.elf import without_debug
 from graphopt.errors import CompileError
+from graphopt.straight_line import StraightLine
 
 log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
+
+_OBJECT = "lib0.o"  # what TVM calls the object file of the kernels that it links
 
 
 def export(
@@ -175,7 +182,23 @@ def _weights_last(
     return module, weights
 
 
-def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Built:
+    """``library`` is the shared library of a session, ``kernels`` the object file of its kernels, which ``line`` calls;
+    ``constants`` are weights behind those of the module."""
+
+    library: bytes
+    kernels: bytes
+    line: StraightLine
+    constants: Mapping[str, Array]
+
+
+def _pipeline(
+    target: tvm.target.Target,
+    functions: Mapping[str, Any],
+    constants: LiftConstants,
+    line: Recorder,
+) -> Any:
     """TVM's CPU pipeline with allocations made one or moved out of ``main``, after which the kernels join the module."""
     plan_memory, *lower = stages.finalize_passes(target)
     default = tvm.transform.Sequential(
@@ -183,8 +206,10 @@ def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
             *stages.library_dispatch_passes(target),
             *stages.legalize_passes(target),
             *stages.dataflow_lower_passes(target),
+            constants.apply,
             unify_tensors,
             plan_memory,
+            line.record,
             hoist_scratch,
             *lower,
         ]
@@ -203,11 +228,13 @@ def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
 
 def build_library(
     module: tvm.IRModule, functions: Mapping[str, Any], target: tvm.target.Target
-) -> bytes:
-    """Compile the Relax module and the kernels it calls to a shared library and return its bytes."""
+) -> Built:
+    """Compile the Relax module and the kernels it calls to a shared library."""
+    constants, recorder = LiftConstants(), Recorder()
+    pipeline = _pipeline(target, functions, constants, recorder)
     try:
-        with tvm.transform.PassContext(opt_level=3):
-            executable = tvm.compile(module, target, relax_pipeline=_pipeline(target, functions))
+        with tvm.transform.PassContext(opt_level=3, instruments=[recorder.workspaces]):
+            executable = tvm.compile(module, target, relax_pipeline=pipeline)
     except Exception as error:
         last = _last_line(error)
         chip = target.attrs.get("mcpu", target)
@@ -216,9 +243,10 @@ def build_library(
         path = Path(folder) / "model.so"
         try:
             # -s: TVM's debug sections are half of the library (764 kB, 383 kB for EfficientNet-Lite0)
-            executable.export_library(str(path), options=["-s"])
+            executable.export_library(str(path), workspace_dir=folder, options=["-s"])
         except RuntimeError as error:
             raise CompileError(
                 "the compiled network could not be linked: install a C++ compiler (g++ or clang++) and try again"
             ) from error
-        return path.read_bytes()
+        kernels = without_debug((Path(folder) / _OBJECT).read_bytes())
+        return Built(path.read_bytes(), kernels, recorder.line(), constants.lifted)
