@@ -101,13 +101,15 @@ class _Compiler:
     def run(self) -> Artifact:
         # TVM is imported by the stages below, when they first need it.
         from graphopt.backends.integerize import kept_in_float
+        from graphopt.backends.isas import ISAS
+        from graphopt.backends.link import linker
         from graphopt.backends.lower.emit import emit
         from graphopt.backends.lower.images import choose
         from graphopt.backends.lower.module import build_library, export, import_module
         from graphopt.backends.lower.plan import make_plan
         from graphopt.backends.lower.step import Context
-        from graphopt.backends.x86.isa import ISAS
 
+        linker(self.target.triple)  # an error now, and not after the work
         isa = ISAS[self.target.isa]
         program = self._timed(
             "prepare", lambda: prepare(self.source, isa, self.threads, self._times)

@@ -26,6 +26,7 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as stages
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from graphopt.backends.link import linker
 from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
@@ -243,7 +244,10 @@ def build_library(
         path = Path(folder) / "model.so"
         try:
             # -s: TVM's debug sections are half of the library (764 kB, 383 kB for EfficientNet-Lite0)
-            executable.export_library(str(path), workspace_dir=folder, options=["-s"])
+            link = linker(str(target.attrs["mtriple"]))
+            executable.export_library(
+                str(path), fcompile=link, workspace_dir=folder, options=["-s"]
+            )
         except RuntimeError as error:
             raise CompileError(
                 "the compiled network could not be linked: install a C++ compiler (g++ or clang++) and try again"

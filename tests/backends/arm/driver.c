@@ -77,7 +77,7 @@ static size_t take_tensor(DLTensor *tensor, int64_t *shape) {
 
 int main(int argc, char **argv) {
     if (argc != 2) return 2;
-    void *library = dlopen(argv[1], RTLD_NOW);
+    void *library = dlopen(argv[1], RTLD_LAZY);
     if (library == NULL) {
         fprintf(stderr, "%s\n", dlerror());
         return 2;

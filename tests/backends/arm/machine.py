@@ -17,6 +17,7 @@ import tvm
 import tvm_ffi
 
 from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.link import linker
 
 _COMPILER = "aarch64-linux-gnu-gcc"
 _QEMU = ("qemu-aarch64", "qemu-aarch64-static")
@@ -64,19 +65,25 @@ def _driver() -> Path:
     return program
 
 
-class Machine:
-    """Runs the kernels of one row on a processor; ``with Machine(...) as machine: machine.call(name, arrays, out)``."""
+def build(functions: Mapping[str, Any], row: Isa) -> bytes:
+    """A shared library of kernels."""
+    module = tvm.compile(tvm.IRModule(dict(functions)), target=row.target())
+    with tempfile.TemporaryDirectory(prefix="graphopt-arm-") as folder:
+        path = Path(folder) / "kernels.so"
+        module.export_library(str(path), fcompile=linker(row.mtriple))
+        return path.read_bytes()
 
-    def __init__(
-        self, functions: Mapping[str, Any], row: Isa, processor: str | None = None
-    ) -> None:
+
+class Machine:
+    """A processor with a library: ``with Machine(library, "cortex-a76") as machine: machine.call(name, arrays, out)``."""
+
+    def __init__(self, library: bytes, processor: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="graphopt-arm-")
-        library = Path(self._folder.name) / "kernels.so"
-        module = tvm.compile(tvm.IRModule(dict(functions)), target=row.target())
-        module.export_library(str(library), fcompile=tvm.support.cc.cross_compiler(_COMPILER))
+        path = Path(self._folder.name) / "model.so"
+        path.write_bytes(library)
         qemu = next(name for name in _QEMU if shutil.which(name))
-        self.processor = processor or PROCESSORS[row.name]
-        command = [qemu, "-cpu", self.processor, "-L", _ROOT, str(_driver()), str(library)]
+        self.processor = processor
+        command = [qemu, "-cpu", processor, "-L", _ROOT, str(_driver()), str(path)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def call(self, name: str, arrays: list[np.ndarray], out: np.ndarray) -> np.ndarray:
@@ -120,5 +127,5 @@ class Machine:
 def run(function: Any, row: Isa, *arrays: np.ndarray, out: np.ndarray) -> np.ndarray:
     """One call of one kernel."""
     name = str(function.attrs["global_symbol"])
-    with Machine({name: function}, row) as machine:
+    with Machine(build({name: function}, row), PROCESSORS[row.name]) as machine:
         return machine.call(name, list(arrays), out)
