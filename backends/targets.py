@@ -1,8 +1,8 @@
-"""What a model can be compiled for: one row a target, with the CPU features that its code needs.
+"""What a model can be compiled for: one row a target, with the CPU features that its code needs, or a GPU.
 
 Feature names are those of ``/proc/cpuinfo``; the sets are the micro-architecture levels of the x86-64
 psABI, plus the dot-product instruction of the row; of ARM chips, what the kernel says of them. How to generate code for a row (LLVM's name of
-the CPU, registers, intrinsics) is in ``backends.isas``, under ``Target.isa``. Imports no TVM:
+the CPU, registers, intrinsics) is in ``backends.isas``, under ``Target.isa``; of a GPU in ``backends.cuda.arch``. Imports no TVM:
 sessions check features with it.
 """
 
@@ -58,8 +58,9 @@ class Target:
         return tuple(sorted(self.features.difference(available)))
 
     def runs_here(self) -> bool:
-        """Tell whether this CPU can run code compiled for this target."""
-        return self.architecture == architecture() and not self.missing()
+        """Tell whether this CPU can run code compiled for this target; a GPU is asked when a model is loaded."""
+        same = self.kind == "cpu" and self.architecture == architecture()
+        return same and not self.missing()
 
 
 def _x86(name: str, isa: str, features: frozenset[str], description: str) -> Target:
@@ -73,6 +74,11 @@ def _arm(
     triple = _ANDROID if name.startswith("android") else _LINUX_ARM
     verified = f"emulated: qemu-user, {processor}"
     return Target(name, "cpu", isa or name, triple, features, description, verified)
+
+
+def _gpu(name: str, description: str, arch: str = "", triple: str = _LINUX_X86) -> Target:
+    verified = "compiled only; kernels interpreted"
+    return Target(name, "cuda", arch or name, triple, frozenset(), description, verified)
 
 
 # Best first: "native" takes the first row that this CPU can run.
@@ -98,6 +104,12 @@ _ROWS = (
     ),
     _arm("apple-m1", _ARM_V8_4 | {"flagm2", "frint", "sb"}, "max", "aarch64 Linux, int8 by sdot"),
     _arm("android-arm64", _NEON, "cortex-a53", "any arm64 Android, NEON"),
+    _gpu("sm_75", "GPU, int8 by mma m8n8k16"),
+    _gpu("sm_80", "GPU, int8 by mma m16n8k32"),
+    _gpu("sm_86", "GPU, int8 by mma m16n8k32"),
+    _gpu("sm_89", "GPU, int8 by mma m16n8k32"),
+    _gpu("sm_90", "GPU, int8 by mma m16n8k32"),
+    _gpu("jetson-orin", "GPU (sm_87) of an aarch64 board", "sm_87", _LINUX_ARM),
 )
 
 TARGETS = MappingProxyType({row.name: row for row in _ROWS})
@@ -138,6 +150,18 @@ ALIASES = MappingProxyType(
         "neoverse-n1": "graviton2",
         "ampere-altra": "graviton2",
         "neoverse-v1": "graviton3",
+        "sm-75": "sm_75",
+        "sm-80": "sm_80",
+        "sm-86": "sm_86",
+        "sm-87": "jetson-orin",
+        "sm-89": "sm_89",
+        "sm-90": "sm_90",
+        "t4": "sm_75",
+        "a100": "sm_80",
+        "rtx-3090": "sm_86",
+        "rtx-4090": "sm_89",
+        "l40s": "sm_89",
+        "h100": "sm_90",
     }
 )
 
@@ -148,7 +172,8 @@ def _native() -> Target:
             _LOG.info("target native is %s", row.name)
             return row
     raise TargetError(
-        f"target 'native': this {architecture()} CPU runs none of {', '.join(TARGETS)}; "
+        f"target 'native': this {architecture()} CPU runs none of "
+        f"{', '.join(row.name for row in _ROWS if row.kind == 'cpu')}; "
         "compile on it for a named target of another machine instead"
     )
 

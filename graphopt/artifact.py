@@ -95,6 +95,10 @@ class Artifact:
         Raises ``TargetError`` where this CPU lacks features the code uses.
         """
         check_cpu(self.manifest, "the artifact")
+        if "device" in self.manifest.report:  # a GPU's: see GpuReport
+            from graphopt.cuda_session import CudaSession
+
+            return CudaSession(self, threads)
         return Session(self, threads)
 
     @staticmethod

@@ -81,11 +81,23 @@ def compile(
     count = thread_count(threads)
     if is_training(program.graph):
         raise CompileError("the program is in training mode; call program.eval() before compile")
+    if row.kind == "cuda":
+        return _for_gpu(program, row, count, tune is not None or tuning is not None)
     if tune is None and tuning is None:
         return _Compiler(program, row, count, None).run()
     from graphopt.tuning.search import Search
 
     return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
+
+
+def _for_gpu(program: Program, target: Target, threads: int, tuned: bool) -> Artifact:
+    if tuned:
+        raise CompileError(
+            f"target {target.name}: nothing is tuned for GPUs yet; leave the options tune and tuning out"
+        )
+    from graphopt.backends.cuda.compiler import GpuCompiler
+
+    return GpuCompiler(program, target, threads).run()
 
 
 class _Compiler:
@@ -154,7 +166,7 @@ class _Compiler:
             history=tuple(record.to_json() for record in program.history),
             stats=self.source.stats().to_json(),
             report=report.to_json(),
-            versions=_versions(),
+            versions=versions(),
         )
         return Artifact(manifest, built.library, weights, built.kernels, program, report)
 
@@ -198,7 +210,8 @@ def _add_peak(functions: dict[str, Any], isa: Any, dtype: str) -> Peak:
     return Peak(name, compared, peak_operations(isa, dtype) // 2, arguments)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a compilation depends on, for the manifest."""
     from importlib.metadata import version
 
     import graphopt

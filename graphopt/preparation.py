@@ -23,6 +23,23 @@ def thread_count(threads: int | None) -> int:
     return count
 
 
+def simplified(program: Program) -> Program:
+    """Identities removed, masks applied, batch norm folded."""
+    from graphopt.passes import ApplyMasks, FoldBatchNorm, RemoveIdentities
+
+    for pass_ in (RemoveIdentities(), ApplyMasks(), FoldBatchNorm()):
+        program = pass_(program)
+    return program
+
+
+def is_quantized(program: Program) -> bool:
+    """True where something is fake-quantized."""
+    from graphopt import ops
+
+    found = map(ops.info, program.graph.nodes)
+    return any(op is not None and op.kind == "fake_quantize" for op in found)
+
+
 def prepare(
     program: Program,
     isa: Isa,
@@ -32,17 +49,12 @@ def prepare(
     """The program that is really compiled: identities removed, masks applied, batch norm folded, integer where quantized, unless float is
     faster: ``times`` says what was measured of these layers.
     """
-    from graphopt import ops
     from graphopt.backends.integerize import integerize
     from graphopt.backends.lower.float_fallback import faster_in_float, integer_layers
     from graphopt.backends.lower.images import choose
-    from graphopt.passes import ApplyMasks, FoldBatchNorm, RemoveIdentities
 
-    for pass_ in (RemoveIdentities(), ApplyMasks(), FoldBatchNorm()):
-        program = pass_(program)
-    if not any(
-        op is not None and op.kind == "fake_quantize" for op in map(ops.info, program.graph.nodes)
-    ):
+    program = simplified(program)
+    if not is_quantized(program):
         return program
     integer = integerize(program, measure=False)
     layers = integer_layers(choose(integer, isa, threads).program)

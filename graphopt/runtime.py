@@ -53,7 +53,8 @@ def _without_torch() -> Iterator[None]:
         sys.meta_path.remove(hook)
 
 
-def _library_folders() -> list[Path]:
+def library_folders() -> list[Path]:
+    """Where TVM's libraries are. Raises ArtifactError."""
     spec = importlib.util.find_spec("tvm")  # finds the folder, imports nothing
     if spec is None or spec.origin is None:
         raise ArtifactError("the TVM runtime is not installed: pip install apache-tvm")
@@ -69,7 +70,7 @@ def _load() -> ModuleType:
         import tvm_ffi
     from tvm_ffi.libinfo import load_lib_ctypes
 
-    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=_library_folders())
+    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=library_folders())
     return tvm_ffi
 
 

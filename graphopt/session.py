@@ -23,7 +23,7 @@ from graphopt.weights_file import ALIGNMENT, aligned_empty, is_aligned
 
 _LOG = logging.getLogger(__name__)
 
-_CPU, _POOLED_ALLOCATOR = 1, 2
+CPU, POOLED = 1, 2  # a DLPack device type, a kind of TVM's allocators
 # The function of a library that allocates the last arguments of its entry, from the inputs' shapes.
 _SCRATCH = "scratch"
 
@@ -32,7 +32,8 @@ Array = np.ndarray[Any, Any]
 Instrument = Callable[..., int]
 
 
-def _map_library(data: bytes) -> Any:
+def map_library(data: bytes) -> Any:
+    """The module in ``model.so``. Raises ArtifactError."""
     loader = tvm_runtime().get_global_func("ffi.Module.load_from_file.so")
     # Not a memfd: dlopen knows libraries by path, and "/proc/self/fd/5" names many in one process.
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
@@ -61,7 +62,7 @@ def _structured(structure: Any, leaves: Sequence[Array]) -> Any:
     return tuple(values) if kind == "tuple" else values
 
 
-class _Input:
+class Input:
     """Check and pass one argument; a machine's own, for it holds the buffer for unaligned arrays."""
 
     def __init__(self, spec: TensorSpec) -> None:
@@ -122,15 +123,17 @@ class _Input:
         return self._tensor
 
 
-class _Machine:
+class Machine:
     """One virtual machine, the shared weights, its own input buffers and tensors between the kernels."""
+
+    devices: tuple[int, ...] = (CPU, 0, POOLED)  # type, number and allocator of each
 
     def __init__(self, library: Any, manifest: Manifest, weights: Sequence[Any]) -> None:
         self.module = library["vm_load_executable"]()
-        self.module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        self.inputs = tuple(_Input(spec) for spec in manifest.inputs)
-        self._entry = self.module[manifest.entry]
-        self._weights = weights
+        self.module["vm_initialization"](*self.devices)
+        self.inputs = tuple(Input(spec) for spec in manifest.inputs)
+        self.entry = self.module[manifest.entry]
+        self.weights = weights
         self._weight_addresses = frozenset(weight.data_ptr() for weight in weights)
         self._tensor_class = tvm_runtime().Tensor
         self._allocate: Any = None
@@ -149,7 +152,7 @@ class _Machine:
         tensors = [take.tensor(array) for take, array in zip(self.inputs, arrays, strict=True)]
         if self._allocate is not None:
             self._prepare([array.shape for array in arrays], tensors)
-        result = self._entry(*tensors, *self._weights, *self._scratch)
+        result = self.entry(*tensors, *self.weights, *self._scratch)
         outputs = [result] if isinstance(result, self._tensor_class) else list(result)
         # An output may *be* an input or a weight (an identity, say): the caller gets a copy of it.
         given = {tensor.data_ptr() for tensor in tensors}
@@ -201,13 +204,16 @@ class Session:
         self.threads = min(wanted, available_cpus())
         if self.threads < wanted:
             _LOG.warning("running on %d threads, not %d: no more CPUs", self.threads, wanted)
-        self.library = _map_library(artifact.library)
+        self.library = self._map(artifact.library)
         self._weights = self._load(artifact.weights)
         self._idle = [self._machine()]
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{spec.name}: {spec.describe()}" for spec in self.manifest.inputs)
         return f"Session({inputs}; {self.manifest.target}, {self.threads} threads)"
+
+    def _map(self, library: bytes) -> Any:
+        return map_library(library)
 
     def _load(self, weights: Mapping[str, Array]) -> tuple[Any, ...]:
         """The weights as arguments, in memory of the session's own, those in another form in the file transformed."""
@@ -237,8 +243,8 @@ class Session:
         stored[...] = weight
         function(tvm_runtime().from_dlpack(stored, require_alignment=ALIGNMENT), result)
 
-    def _machine(self) -> _Machine:
-        return _Machine(self.library, self.manifest, self._weights)
+    def _machine(self) -> Machine:
+        return Machine(self.library, self.manifest, self._weights)
 
     def _positional(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         names = self.input_names
@@ -267,7 +273,7 @@ class Session:
         self._idle.append(machine)  # not after an error: its state is unknown then
         return _structured(self.manifest.output_structure, leaves)
 
-    def _run(self, machine: _Machine, inputs: Sequence[Any]) -> list[Array]:
+    def _run(self, machine: Machine, inputs: Sequence[Any]) -> list[Array]:
         arrays = machine.check(inputs)
         if self.manifest.image_by_image:
             return image_by_image(machine.run, arrays)

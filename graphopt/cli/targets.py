@@ -59,4 +59,6 @@ def _verdict(row: Target, native: str | None) -> str:
         return "yes (native)"
     if row.runs_here():
         return "yes"
+    if row.kind == "cuda":
+        return "where there is such a GPU"
     return f"no: this CPU lacks {', '.join(row.missing())}"

@@ -1,0 +1,65 @@
+"""Weights as the kernels read them, zero points in the bias: ``sum (x - z) * w + b = sum x * w + (b - z * sum w)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt.backends.cuda.conv_plan import GROUP, STEP, ConvPlan
+
+Array = np.ndarray[Any, Any]
+
+
+def shifted_bias(weight: Array, bias: Array, zero_point: int) -> Array:
+    """``b - z * sum w`` modulo 2**32, in which the sum of products is taken: the result is the definition's."""
+    sums = weight.reshape(len(weight), -1).astype(np.int64).sum(1)
+    shifted: Array = (bias.astype(np.int64) - zero_point * sums).astype(np.uint32).view(np.int32)
+    return shifted
+
+
+def padded(values: Array, size: int) -> Array:
+    """``values`` and zeros behind them."""
+    result = np.zeros(size, values.dtype)
+    result[: len(values)] = values
+    return result
+
+
+def pack_conv(plan: ConvPlan, weight: Array, bias: Array, multiplier: Array) -> list[Array]:
+    """Weight OIHW as ``[column tile][step][column][STEP]`` (k = tap, channel), bias and multiplier of whole tiles."""
+    out, channels, height, width = weight.shape
+    taps = np.zeros((plan.padded_channels, height, width, plan.tap_channels), np.int8)
+    taps[:out, :, :, :channels] = weight.transpose(0, 2, 3, 1)
+    rows = np.zeros((plan.padded_channels, plan.steps * STEP), np.int8)
+    rows[:, : plan.depth] = taps.reshape(plan.padded_channels, -1)
+    columns = plan.tile.columns
+    tiled = rows.reshape(plan.column_tiles, columns, plan.steps, STEP).transpose(0, 2, 1, 3)
+    shifted = shifted_bias(weight, bias, plan.workload.x_zero_point)
+    return [
+        np.ascontiguousarray(tiled).reshape(-1),
+        padded(shifted, plan.padded_channels),
+        padded(multiplier, plan.padded_channels),
+    ]
+
+
+def pack_dot(
+    weight: Array, bias: Array, multiplier: Array, zero_point: int, groups: int
+) -> list[Array]:
+    """Weight OIHW as ``[group][tap][4 channels][output][4]`` for ``dp4a``, a group's channels in whole fours."""
+    out, channels, height, width = weight.shape
+    quads = -(-channels // GROUP)
+    taps = np.zeros((groups, out // groups, height * width, quads * GROUP), np.int8)
+    taps[..., :channels] = weight.reshape(groups, out // groups, channels, -1).swapaxes(2, 3)
+    split = taps.reshape(groups, out // groups, height * width, quads, GROUP)
+    packed = np.ascontiguousarray(split.transpose(0, 2, 3, 1, 4)).view(np.int32).reshape(-1)
+    return [packed, shifted_bias(weight, bias, zero_point), multiplier]
+
+
+def pack_depthwise(weight: Array, bias: Array, multiplier: Array, zero_point: int) -> list[Array]:
+    """Weight C1HW as ``[tap][channel]``, channels in whole fours."""
+    channels = len(weight)
+    size = -(-channels // GROUP) * GROUP
+    taps = np.zeros((weight[0].size, size), np.int8)
+    taps[:, :channels] = weight.reshape(channels, -1).T
+    shifted = shifted_bias(weight, bias, zero_point)
+    return [taps.reshape(-1), padded(shifted, size), padded(multiplier, size)]

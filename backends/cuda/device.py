@@ -1,0 +1,122 @@
+"""Device functions that TIR calls by name: tensor-core products, copies into shared memory, fragments, rounding.
+
+Each is a line or two of CUDA around one instruction; its meaning is in the docstring of the method that calls it.
+Pointers are ``T.address_of`` an element.
+"""
+
+from __future__ import annotations
+
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu.emit import Expr, bind
+from graphopt.backends.cuda.arch import Arch
+
+Kernel = PrimFunc
+
+_COPY_TYPES = {4: "uint", 8: "uint2", 16: "uint4"}
+
+
+def _function(signature: str, body: str) -> str:
+    return f"__device__ __forceinline__ {signature} {{\n{body}}}\n"
+
+
+def _shared_address(pointer: str) -> str:
+    return f"(unsigned)__cvta_generic_to_shared({pointer})"
+
+
+class Device:
+    """The functions of one architecture; call them inside an open builder."""
+
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
+
+    def _call(self, name: str, signature: str, body: str, *arguments: Expr) -> None:
+        source = _function(signature, body)
+        T.evaluate(T.cuda.func_call(name, *arguments, source_code=source))
+
+    def multiply(self, c: Expr, a: Expr, b: Expr) -> None:
+        """``c[16, 8] += a[16, 32] * b[32, 8]`` over a warp: uint8 by int8, in the registers of ``mma.m16n8k32``."""
+        signature = "void graphopt_mma(int* c, const unsigned* a, const unsigned* b)"
+        self._call("graphopt_mma", signature, self.arch.mma, c, a, b)
+
+    def load_matrices(self, registers: Expr, row: Expr) -> None:
+        """Four 8 x 16-byte matrices from shared memory: ``row`` is lane ``8 i + r``'s pointer to row r of matrix i.
+
+        Register i of lane l gets bytes ``4 (l % 4) ..`` of row ``l / 4`` of matrix i.
+        """
+        body = f"""\
+  unsigned address = {_shared_address("row")};
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+"""
+        signature = "void graphopt_load_matrices(unsigned* d, const uchar* row)"
+        self._call("graphopt_load_matrices", signature, body, registers, row)
+
+    def copy(self, target: Expr, source: Expr, size: int) -> None:
+        """``size`` bytes from global to shared memory, there once ``wait`` has seen their group."""
+        name = f"graphopt_copy_{size}"
+        if self.arch.async_copy:
+            # .cg: past L1, which only whole 16 bytes can
+            cache = "cg" if size == 16 else "ca"
+            body = f"""\
+  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {size};"
+               :: "r"({_shared_address("to")}), "l"(from) : "memory");
+"""
+        else:
+            kind = _COPY_TYPES[size]
+            body = f"  *({kind}*)to = *(const {kind}*)from;\n"
+        signature = f"void {name}(uchar* to, const void* from)"
+        self._call(name, signature, body, target, source)
+
+    def fill(self, target: Expr, word: Expr, size: int) -> None:
+        """``size`` bytes of shared memory from a word, repeated."""
+        kind = _COPY_TYPES[size]
+        name = f"graphopt_fill_{size}"
+        words = ", ".join(["word"] * (size // 4))
+        value = words if size == 4 else f"make_{kind}({words})"
+        self._call(
+            name, f"void {name}(uchar* to, uint word)", f"  *({kind}*)to = {value};\n", target, word
+        )
+
+    def commit(self) -> None:
+        """The copies since the last commit are a group."""
+        body = '  asm volatile("cp.async.commit_group;" ::: "memory");\n'
+        self._call(
+            "graphopt_commit", "void graphopt_commit()", body if self.arch.async_copy else ""
+        )
+
+    def wait(self, groups: int) -> None:
+        """Until at most the last ``groups`` groups of this thread's copies are on their way."""
+        body = f'  asm volatile("cp.async.wait_group {groups};" ::: "memory");\n'
+        name = f"graphopt_wait_{groups}"
+        self._call(name, f"void {name}()", body if self.arch.async_copy else "")
+
+
+def synchronize() -> None:
+    """Every thread of the block has come here, and sees what the others wrote to shared memory."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def dot(x: Expr, weights: Expr, accumulator: Expr) -> Expr:
+    """``accumulator + sum over 4 bytes of x * weight``: uint8 in a uint32 by int8 in an int32 (``dp4a.u32.s32``)."""
+    body = """\
+  int sum;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(w), "r"(c));
+  return sum;
+"""
+    source = _function("int graphopt_dot(unsigned x, int w, int c)", body)
+    call = T.cuda.func_call(
+        "graphopt_dot", x, weights, accumulator, source_code=source, return_type="int32"
+    )
+    return bind(call)
+
+
+def round_to_int(value: Expr) -> Expr:
+    """Half to even; the value must fit int32."""
+    return T.call_pure_extern("int32", "__float2int_rn", value)
+
+
+def multiply_float(a: Expr, b: Expr) -> Expr:
+    """A float32 product that no compiler makes part of an fma."""
+    return T.call_pure_extern("float32", "__fmul_rn", a, b)

@@ -1,0 +1,91 @@
+"""A plan's steps as CUDA kernels: which kernel a convolution becomes, and its packed constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt.backends.cpu.pool import pack_pool2d
+from graphopt.backends.cpu.workload import Conv2d, Convert, Layout
+from graphopt.backends.cuda.arch import Arch
+from graphopt.backends.cuda.conv import conv
+from graphopt.backends.cuda.conv_pack import pack_conv, pack_depthwise, pack_dot
+from graphopt.backends.cuda.conv_plan import fits, plan_conv
+from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
+from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
+from graphopt.backends.cuda.pointwise import add, concat, convert, mul
+from graphopt.backends.cuda.pool import pool
+from graphopt.backends.lower import convolution, elementwise
+from graphopt.backends.lower.convolution import ConvolutionStep
+from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
+from graphopt.backends.lower.plan import Selector
+from graphopt.backends.lower.step import Kernel, KernelSource, Step
+from graphopt.errors import CompileError
+from graphopt.program import Program
+
+Array = np.ndarray[Any, Any]
+
+# What has a kernel here; float convolutions and everything else are TVM's.
+SELECTORS: tuple[Selector, ...] = (
+    convolution.select_integer,
+    elementwise.select_integer,
+    elementwise.select_concat,
+    elementwise.select_float,
+)
+
+
+def _kernel(
+    function: Any, constants: tuple[Array, ...] = (), macs: int = 0, form: str = ""
+) -> Kernel:
+    return Kernel(str(function.attrs["global_symbol"]), function, constants, macs, form=form)
+
+
+class CudaKernels(KernelSource):
+    """Code for one architecture."""
+
+    def __init__(self, program: Program, arch: Arch) -> None:
+        self.program = program
+        self.arch = arch
+
+    def convert(self, workload: Convert) -> Kernel:
+        return _kernel(convert(workload))
+
+    def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
+        for layout in (*inputs, output):
+            if layout.dtype == "int8":
+                raise CompileError(
+                    f"node {step.output.name!r}: CUDA kernels take uint8 activations, not int8; quantize with qmin = 0"
+                )
+        match step:
+            case ConvolutionStep():
+                return self._convolution(step, step.workload(inputs, output))
+            case PoolStep():
+                pooling = step.workload(inputs, output)
+                return _kernel(pool(pooling), tuple(pack_pool2d(pooling, step.multiplier)))
+            case ConvertStep():
+                return self.convert(step.workload(inputs, output))
+            case AddStep():
+                return _kernel(add(step.workload(inputs, output)))
+            case MulStep():
+                return _kernel(mul(step.workload(inputs, output)))
+            case ConcatStep():
+                return _kernel(concat(step.workload(inputs, output)))
+            case _:
+                raise AssertionError(f"{type(step).__name__} is none of SELECTORS' steps")
+
+    def _convolution(self, step: ConvolutionStep, workload: Conv2d) -> Kernel:
+        weight, bias, multiplier = step.arrays(self, workload)
+        assert bias is not None
+        assert multiplier is not None
+        constants = (weight, bias, multiplier)
+        zero_point = workload.x_zero_point
+        if is_depthwise(workload):
+            packed = pack_depthwise(*constants, zero_point)
+            return _kernel(depthwise(workload), tuple(packed), workload.macs, "depthwise")
+        if not fits(workload) or has_few_outputs(workload):
+            packed = pack_dot(*constants, zero_point, workload.groups)
+            return _kernel(dot_conv(workload), tuple(packed), workload.macs, "dp4a")
+        plan = plan_conv(workload, self.arch)
+        packed = pack_conv(plan, *constants)
+        return _kernel(conv(plan, self.arch), tuple(packed), workload.macs, "mma")

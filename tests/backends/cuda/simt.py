@@ -1,0 +1,405 @@
+"""Run a CUDA ``PrimFunc`` without a GPU: every thread of the grid at once, as lanes of NumPy arrays.
+
+What is interpreted is the very TIR that becomes CUDA, before any pass of TVM. Beyond the result it checks what a GPU would
+not tell: indices outside a buffer, misaligned vectors, shared memory that one thread reads or overwrites in the same phase
+between two barriers in which another wrote or read it, memory read before it was written or while a copy is on its way,
+barriers that not every thread of a block reaches. The device functions of ``backends.cuda.device`` are defined in
+``simt_functions`` by their documentation, not by their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+
+from tests.backends.cuda import simt_functions
+
+Array = np.ndarray[Any, Any]
+
+
+class Fault(AssertionError):
+    """What a GPU would do wrongly, or not at all."""
+
+
+@dataclass
+class Pointer:
+    """The address of an element, a lane each."""
+
+    storage: Storage
+    byte: Array
+
+
+@dataclass
+class Storage:
+    """The bytes of a buffer: ``[copies, bytes]``, a copy for the grid, a block or a thread."""
+
+    name: str
+    data: Array
+    copy_of_lane: Array
+    written: Array
+    shared: bool = False
+    # of shared memory, per byte: the phase and the lane of the last write and of a read, copies on their way
+    write_phase: Array = field(default_factory=lambda: np.empty(0))
+    writer: Array = field(default_factory=lambda: np.empty(0))
+    read_phase: Array = field(default_factory=lambda: np.empty(0))
+    reader: Array = field(default_factory=lambda: np.empty(0))
+    pending: Array = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if self.shared:
+            shape = self.data.shape
+            self.write_phase, self.read_phase = np.full(shape, -1), np.full(shape, -1)
+            self.writer, self.reader = np.full(shape, -1), np.full(shape, -1)
+            self.pending = np.zeros(shape, bool)
+
+
+def run(function: tirx.PrimFunc, *arrays: Array, asynchronous: bool = True) -> None:
+    """Run the kernel on arguments whose results are written in place, copies to shared memory by ``cp.async`` or at once."""
+    grid = _Grid(function, arrays)
+    grid.asynchronous = asynchronous
+    grid.run()
+
+
+def _uniform(value: Any, mask: Array, what: str) -> int:
+    if np.ndim(value) == 0:
+        return int(value)
+    chosen = np.unique(value[mask])
+    if len(chosen) != 1:
+        raise Fault(f"{what} differs between threads: {chosen}")
+    return int(chosen[0])
+
+
+class _Grid:
+    def __init__(self, function: tirx.PrimFunc, arrays: Sequence[Array]) -> None:
+        self.function = function
+        self.values: dict[Any, Any] = {}
+        self.storages: dict[Any, Storage] = {}
+        self.lanes = self.threads = 1
+        self.phase = np.zeros(1, int)  # of each block
+        self.asynchronous = True
+        self.groups: list[list[Callable[[], None]]] = [[]]  # copies since each commit
+        self.extents: dict[str, int] = {}
+        for parameter, array in zip(function.params, arrays, strict=True):
+            self._argument(parameter, array)
+
+    def _argument(self, buffer: Any, array: Array) -> None:
+        for size, extent in zip(array.shape, buffer.shape, strict=True):
+            if isinstance(extent, tirx.Var):
+                self.values.setdefault(extent, size)
+            elif int(extent) != size:
+                raise Fault(f"{buffer.name} is declared {buffer.shape} and given {array.shape}")
+        assert str(array.dtype) == str(buffer.dtype), f"{buffer.name} is {buffer.dtype}"
+        data = array.reshape(-1).view(np.uint8).reshape(1, -1)
+        assert np.shares_memory(data, array)
+        self.storages[buffer] = Storage(
+            str(buffer.name), data, np.zeros(1, int), np.ones(data.shape, bool)
+        )
+
+    def run(self) -> None:
+        self._count_lanes(self.function.body)
+        blocks, threads = self.extents["blockIdx.x"], self.extents["threadIdx.x"]
+        self.lanes, self.threads = blocks * threads, threads
+        self.block = np.repeat(np.arange(blocks), threads)
+        self.phase = np.zeros(blocks, int)
+        for storage in self.storages.values():
+            storage.copy_of_lane = np.zeros(self.lanes, int)
+        self.mask = np.ones(self.lanes, bool)
+        self._statement(self.function.body)
+        if any(self.groups):
+            raise Fault("the kernel ends with copies on their way")
+
+    def _count_lanes(self, node: Any) -> None:
+        if isinstance(node, tirx.SeqStmt):
+            for statement in node.seq:
+                self._count_lanes(statement)
+        elif isinstance(node, tirx.AttrStmt):
+            if node.attr_key == "thread_extent":
+                self.extents[str(node.node.thread_tag)] = self._scalar(node.value)
+            self._count_lanes(node.body)
+
+    def _scalar(self, value: Any) -> int:
+        return int(np.asarray(self._expression(value)).reshape(-1)[0])
+
+    # statements
+
+    def _statement(self, node: Any) -> None:
+        getattr(self, f"_{type(node).__name__}")(node)
+
+    def _SeqStmt(self, node: Any) -> None:
+        for statement in node.seq:
+            self._statement(statement)
+
+    def _AttrStmt(self, node: Any) -> None:
+        if node.attr_key == "thread_extent":
+            number = np.arange(self.lanes)
+            first = str(node.node.thread_tag) == "threadIdx.x"
+            index = number % self.threads if first else number // self.threads
+            self.values[node.node.var] = index
+        self._statement(node.body)
+
+    def _AllocBuffer(self, node: Any) -> None:
+        buffer = node.buffer
+        size = int(np.prod([int(s) for s in buffer.shape])) * np.dtype(str(buffer.dtype)).itemsize
+        shared = str(buffer.scope()) == "shared"
+        copies = self.lanes // self.threads if shared else self.lanes
+        data = np.full((copies, size), 0xCD, np.uint8)
+        lane = self.block if shared else np.arange(self.lanes)
+        written = np.zeros(data.shape, bool)
+        self.storages[buffer] = Storage(str(buffer.name), data, lane, written, shared)
+
+    def _DeclBuffer(self, node: Any) -> None:
+        self.storages[node.buffer] = self.storages[node.data.args[0]]
+
+    def _Bind(self, node: Any) -> None:
+        self.values[node.var] = self._expression(node.value)
+
+    def _Evaluate(self, node: Any) -> None:
+        self._expression(node.value)
+
+    def _For(self, node: Any) -> None:
+        if not self.mask.any():
+            return
+        start = _uniform(self._expression(node.min), self.mask, "a loop's start")
+        extent = _uniform(self._expression(node.extent), self.mask, "a loop's extent")
+        for i in range(start, start + extent):
+            self.values[node.loop_var] = np.int32(i)
+            self._statement(node.body)
+
+    def _IfThenElse(self, node: Any) -> None:
+        condition = np.broadcast_to(self._expression(node.condition), (self.lanes,)).astype(bool)
+        outer = self.mask
+        for taken, body in ((condition, node.then_case), (~condition, node.else_case)):
+            self.mask = outer & taken
+            if body is not None and self.mask.any():
+                self._statement(body)
+        self.mask = outer
+
+    def _BufferStore(self, node: Any) -> None:
+        dtype = np.dtype(str(node.buffer.dtype))
+        value = np.asarray(self._expression(node.value))
+        offset, lanes = self._offset(node.buffer, node.indices)
+        if value.ndim == 2:
+            assert value.shape[1] == lanes
+        value = np.broadcast_to(value.reshape(-1, lanes), (self.lanes, lanes)).astype(dtype)
+        self.write(Pointer(self.storages[node.buffer], offset), value.view(np.uint8))
+
+    # memory
+
+    def _offset(self, buffer: Any, indices: Any) -> tuple[Array, int]:
+        """Bytes from the buffer's start, a lane each, and the elements from there on."""
+        (index,) = indices
+        lanes = 1
+        if isinstance(index, tirx.Ramp):
+            assert int(index.stride) == 1
+            lanes, index = int(index.lanes), index.base
+        offset = np.broadcast_to(self._expression(index), (self.lanes,)).astype(np.int64)
+        return offset * np.dtype(str(buffer.dtype)).itemsize, lanes
+
+    def _range(self, pointer: Pointer, size: int) -> tuple[Array, Array, Array]:
+        """Active lanes, their copy and bytes of a storage, checked."""
+        active = np.flatnonzero(self.mask)
+        storage = pointer.storage
+        first = np.broadcast_to(pointer.byte, (self.lanes,))[active]
+        outside = (first < 0) | (first + size > storage.data.shape[1])
+        if outside.any():
+            where = first[outside][0]
+            raise Fault(f"{storage.name}: bytes {where}.. of {storage.data.shape[1]} are touched")
+        if (first % size).any():
+            raise Fault(
+                f"{storage.name}: an access of {size} bytes at {first[first % size > 0][0]}"
+            )
+        copies = np.broadcast_to(storage.copy_of_lane, (self.lanes,))[active]
+        return active, copies[:, None], first[:, None] + np.arange(size)
+
+    def write(self, pointer: Pointer, data: Array, landing: bool = False) -> None:
+        """``data`` ``[lanes, bytes]`` to memory; ``landing``: by a copy that was ``announced`` before."""
+        storage = pointer.storage
+        active, copies, bytes_ = self._range(pointer, data.shape[1])
+        if storage.shared and not landing:
+            self._claim(storage, active, copies, bytes_)
+        storage.data[copies, bytes_] = data[active]
+        storage.written[copies, bytes_] = True
+        if landing:
+            storage.pending[copies, bytes_] = False
+            storage.write_phase[copies, bytes_] = self.phase[copies]
+
+    def _claim(self, storage: Storage, active: Array, copies: Array, bytes_: Array) -> None:
+        phase, lane = self.phase[copies], active[:, None]
+        if storage.pending[copies, bytes_].any():
+            raise Fault(f"{storage.name} is written while a copy to it is on its way")
+        for phases, lanes, what in (
+            (storage.write_phase, storage.writer, "written"),
+            (storage.read_phase, storage.reader, "read"),
+        ):
+            same = (phases[copies, bytes_] == phase) & (lanes[copies, bytes_] != lane)
+            if same.any():
+                raise Fault(
+                    f"{storage.name} is {what} by one thread and written by another between two barriers"
+                )
+        storage.write_phase[copies, bytes_] = phase
+        storage.writer[copies, bytes_] = lane
+        if (storage.writer[copies, bytes_] != lane).any():
+            raise Fault(f"{storage.name}: two threads write one byte at once")
+
+    def read(self, pointer: Pointer, size: int, mask: Array | None = None) -> Array:
+        """``[lanes, bytes]``; zeros in lanes that do not run."""
+        outer, self.mask = self.mask, self.mask if mask is None else mask
+        storage = pointer.storage
+        active, copies, bytes_ = self._range(pointer, size)
+        if storage.shared and storage.pending[copies, bytes_].any():
+            raise Fault(f"{storage.name} is read while a copy to it is on its way")
+        if not storage.written[copies, bytes_].all():
+            raise Fault(f"{storage.name} is read before it is written")
+        if storage.shared:
+            phase, lane = self.phase[copies], active[:, None]
+            fresh = storage.write_phase[copies, bytes_] == phase
+            if (fresh & (storage.writer[copies, bytes_] != lane)).any():
+                raise Fault(
+                    f"{storage.name} is written by one thread and read by another between two barriers"
+                )
+            # a second reader of a phase: whoever writes then, another thread has read
+            again = (storage.read_phase[copies, bytes_] == phase) & (
+                storage.reader[copies, bytes_] != lane
+            )
+            storage.reader[copies, bytes_] = np.where(again, -2, lane)
+            if len(active) > 1:
+                mixed = storage.reader[copies, bytes_] != np.where(again, -2, lane)
+                storage.reader[copies, bytes_] = np.where(mixed, -2, storage.reader[copies, bytes_])
+            storage.read_phase[copies, bytes_] = phase
+        result = np.zeros((self.lanes, size), np.uint8)
+        result[active] = storage.data[copies, bytes_]
+        self.mask = outer
+        return result
+
+    def announce(self, target: Pointer, source: Pointer, size: int, asynchronous: bool) -> None:
+        """A copy to shared memory, there when its group has been waited for."""
+        data = self.read(source, size)
+        if not asynchronous:
+            self.write(target, data)
+            return
+        active, copies, bytes_ = self._range(target, size)
+        self._claim(target.storage, active, copies, bytes_)
+        target.storage.pending[copies, bytes_] = True
+        mask = self.mask
+
+        def land() -> None:
+            outer, self.mask = self.mask, mask
+            self.write(target, data, landing=True)
+            self.mask = outer
+
+        self.groups[-1].append(land)
+
+    def commit(self) -> None:
+        if not self.mask.all():
+            raise Fault("a commit that not every thread makes is not modelled")
+        self.groups.append([])
+
+    def wait(self, count: int) -> None:
+        if not self.mask.all():
+            raise Fault("a wait that not every thread makes is not modelled")
+        done = self.groups[: max(0, len(self.groups) - 1 - count)]
+        for group in done:
+            for land in group:
+                land()
+            group.clear()
+        self.groups = self.groups[len(done) :]
+
+    def barrier(self) -> None:
+        reached = self.mask.reshape(-1, self.threads)
+        if not reached.all():
+            raise Fault("a barrier is not reached by every thread")
+        self.phase += 1
+
+    # expressions
+
+    def _expression(self, node: Any) -> Any:
+        if isinstance(node, int | float):
+            return node
+        kind = type(node).__name__
+        binary = simt_functions.BINARY.get(kind)
+        if binary is not None:
+            with np.errstate(all="ignore"):
+                return binary(self._expression(node.a), self._expression(node.b))
+        return getattr(self, f"_{kind}")(node)
+
+    def _IntImm(self, node: Any) -> Any:
+        return np.dtype(_dtype(node)).type(int(node.value))
+
+    def _FloatImm(self, node: Any) -> Any:
+        return np.dtype(_dtype(node)).type(float(node.value))
+
+    def _Var(self, node: Any) -> Any:
+        return self.values[node]
+
+    def _Cast(self, node: Any) -> Any:
+        value = np.asarray(self._expression(node.value))
+        target = np.dtype(_dtype(node).partition("x")[0])
+        if value.dtype.kind == "f" and target.kind in "iu":
+            return np.trunc(value).astype(np.int64).astype(target)
+        return value.astype(target)
+
+    def _Not(self, node: Any) -> Any:
+        return ~np.asarray(self._expression(node.a))
+
+    def _Select(self, node: Any) -> Any:
+        values = self._expression(node.true_value), self._expression(node.false_value)
+        return np.where(self._expression(node.condition), *values)
+
+    def _TensorLoad(self, node: Any) -> Any:
+        dtype = np.dtype(str(node.source.dtype))
+        offset, lanes = self._offset(node.source, node.indices)
+        data = self.read(Pointer(self.storages[node.source], offset), lanes * dtype.itemsize)
+        value = np.ascontiguousarray(data).view(dtype)
+        return value[:, 0] if lanes == 1 else value
+
+    def _Call(self, node: Any) -> Any:
+        name = str(getattr(node.op, "name", node.op))
+        if name == "tirx.address_of":
+            load = node.args[0]
+            offset, _ = self._offset(load.source, load.indices)
+            return Pointer(self.storages[load.source], offset)
+        if name == "tirx.tvm_storage_sync":
+            return self.barrier()
+        if name == "prim.if_then_else":
+            return self._if_then_else(*node.args)
+        if name == "tirx.reinterpret":
+            return self._reinterpret(node)
+        arguments = list(node.args)
+        if name in ("tirx.call_pure_extern", "tirx.cuda.func_call"):
+            name = _text(arguments.pop(0))
+            if str(node.op.name).endswith("func_call"):
+                arguments.pop()  # the source
+        values = [self._expression(argument) for argument in arguments]
+        with np.errstate(all="ignore"):
+            return simt_functions.call(self, name, values)
+
+    def _if_then_else(self, condition: Any, when_true: Any, when_false: Any) -> Any:
+        taken = np.broadcast_to(self._expression(condition), (self.lanes,)).astype(bool)
+        outer = self.mask
+        self.mask = outer & taken
+        first = self._expression(when_true)
+        self.mask = outer & ~taken
+        second = self._expression(when_false)
+        self.mask = outer
+        return np.where(taken, first, second)
+
+    def _reinterpret(self, node: Any) -> Any:
+        value = np.ascontiguousarray(self._expression(node.args[0]))
+        element, _, lanes = _dtype(node).partition("x")
+        rows = value.reshape(self.lanes, -1) if value.size % self.lanes == 0 else value
+        result = np.ascontiguousarray(rows).view(np.dtype(element))
+        return result if lanes else result[:, 0]
+
+
+def _dtype(node: Any) -> str:
+    kind = str(node.ty.dtype)
+    return "bool" if kind == "bool" else kind
+
+
+def _text(value: Any) -> str:
+    return str(value.value) if isinstance(value, tvm.ir.StringImm) else str(value)

@@ -1,0 +1,77 @@
+"""int8 convolution on tensor cores, run by the interpreter: bit for bit the definition."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphopt.backends.cuda.arch import ARCHS
+from graphopt.backends.cuda.conv_plan import TILES, Tile, plan_conv
+from tests.backends.cuda.harness import AMPERE, ConvCase, conv_workload
+
+SMALL = Tile(32, 32, (2, 2))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def test_every_tile(tile: Tile) -> None:
+    case = ConvCase(conv_workload((20, 40)))
+    assert (case.by_tensor_cores(tile) == case.expected()).all()
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        conv_workload((3, 9), size=(9, 7), stride=(2, 2)),
+        conv_workload((1, 33), size=(6, 5), kernel=(5, 3), padding=(2, 1)),
+        conv_workload((80, 17), kernel=(1, 1), padding=(0, 0)),
+        conv_workload((16, 16), dilation=(2, 1), padding=(2, 1)),
+        conv_workload((24, 8), size=(7, 8), stride=(1, 2), padding=(0, 1)),
+        conv_workload((8, 12), x_more={"channel_stride": 24, "first_channel": 8, "shared": True}),
+        conv_workload((8, 12), y_more={"channel_stride": 32, "first_channel": 4, "shared": True}),
+        conv_workload((64, 33), kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
+    ],
+    ids=["rgb", "grey", "point", "dilated", "strided", "slice-in", "slice-out", "odd-out"],
+)
+def test_shapes(workload: object) -> None:
+    case = ConvCase(workload)  # type: ignore[arg-type]
+    assert (case.by_tensor_cores(SMALL) == case.expected()).all()
+
+
+def test_a_residual_sum_is_added_on_the_way_out() -> None:
+    case = ConvCase(conv_workload((20, 37), residual=True))
+    assert (case.by_tensor_cores(SMALL) == case.expected()).all()
+
+
+def test_float_results() -> None:
+    case = ConvCase(conv_workload((20, 37), floats=True))
+    assert (case.by_tensor_cores(SMALL) == case.expected()).all()
+
+
+def test_a_batch_that_is_known_only_at_the_call() -> None:
+    case = ConvCase(conv_workload((16, 16), batch=None), batch=3)
+    assert (case.by_tensor_cores(SMALL) == case.expected()).all()
+
+
+def test_turing_copies_at_once() -> None:
+    case = ConvCase(conv_workload((36, 16)))
+    assert (case.by_tensor_cores(SMALL, ARCHS["sm_75"]) == case.expected()).all()
+
+
+def test_extremes_do_not_saturate() -> None:
+    """255 * 127 and 255 * -128 over the whole depth: an instruction that saturated would show."""
+    case = ConvCase(conv_workload((64, 16), kernel=(1, 1), padding=(0, 0)))
+    case.x[...] = 255
+    case.weight[::2], case.weight[1::2] = 127, -128
+    case.multiplier[...] = 1e-4
+    assert (case.by_tensor_cores(SMALL) == case.expected()).all()
+
+
+def test_a_large_layer_gets_a_large_tile_and_a_small_one_many_blocks() -> None:
+    large = conv_workload((128, 128), size=(56, 56), batch=32)
+    small = conv_workload((128, 128), size=(7, 7), batch=1)
+    assert plan_conv(large, AMPERE).tile.rows == 128
+    assert plan_conv(small, AMPERE).tile.rows == 32
+
+
+def test_tiles_fit_every_architecture() -> None:
+    for arch in ARCHS.values():
+        assert all(tile.shared_bytes <= arch.shared_bytes for tile in TILES)
