@@ -73,7 +73,7 @@ def bench(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     """A few made-up images and a network that has learned nothing."""
     fashion, recipes = importlib.import_module("fashion"), importlib.import_module("recipes")
     torch.manual_seed(0)
-    images = fashion.Images(torch.randn(1250, 1, 28, 28), torch.randint(0, 10, (1250,)))
+    images = fashion.Images(torch.randn(750, 1, 28, 28), torch.randint(0, 10, (750,)))
     monkeypatch.setattr(fashion.Images, "read", classmethod(lambda cls, kind: images))
     network = go.capture(fashion.FashionNet().eval(), (images.pixels[:2],), dynamic_batch=(1, 256))
     monkeypatch.setattr(recipes, "trained", lambda folder: network)
