@@ -35,6 +35,12 @@ _ARM_V8_4 = _ARM_V8_2 | {
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 
+# Families of kernels of ours.
+_DENSE = ("convolution", "depthwise", "linear", "pooling", "element-wise")
+KERNELS = (*_DENSE, "Winograd", "sparse", "attention", "softmax", "layer norm")
+_NOT_SPARSE = tuple(family for family in KERNELS if family != "sparse")
+
+
 @dataclass(frozen=True)
 class Target:
     """A row of the target table; ``features`` is all that its code may use."""
@@ -46,6 +52,7 @@ class Target:
     features: frozenset[str]
     description: str
     verified: str = "compiled only"  # how the tests run its code
+    kernels: tuple[str, ...] = ()  # families; other operators are TVM's
 
     @property
     def architecture(self) -> str:
@@ -65,7 +72,8 @@ class Target:
 
 def _x86(name: str, isa: str, features: frozenset[str], description: str) -> Target:
     verified = f"run on x86-64 processors that have {isa}"
-    return Target(name, "cpu", isa, _LINUX_X86, features, description, verified)
+    kernels = _NOT_SPARSE if isa == "sse4" else KERNELS
+    return Target(name, "cpu", isa, _LINUX_X86, features, description, verified, kernels)
 
 
 def _arm(
@@ -73,12 +81,12 @@ def _arm(
 ) -> Target:
     triple = _ANDROID if name.startswith("android") else _LINUX_ARM
     verified = f"emulated: qemu-user, {processor}"
-    return Target(name, "cpu", isa or name, triple, features, description, verified)
+    return Target(name, "cpu", isa or name, triple, features, description, verified, KERNELS)
 
 
 def _gpu(name: str, description: str, arch: str = "", triple: str = _LINUX_X86) -> Target:
     verified = "compiled only; kernels interpreted"
-    return Target(name, "cuda", arch or name, triple, frozenset(), description, verified)
+    return Target(name, "cuda", arch or name, triple, frozenset(), description, verified, _DENSE)
 
 
 # Best first: "native" takes the first row that this CPU can run.

@@ -52,9 +52,15 @@ def test_targets_json(cli: Cli) -> None:
         target = TARGETS[row["name"]]
         assert row["runs_here"] == target.runs_here()
         assert row["missing"] == list(target.missing())
+        assert row["features"] == sorted(target.features)
+        assert row["verified"] == target.verified
+        assert row["kernels"] == list(target.kernels)
     assert sum(row["native"] for row in rows) <= 1
 
 
 def test_targets_table(cli: Cli) -> None:
     text = cli("targets").stdout
     assert all(name in text for name in TARGETS)
+    assert "all but sparse" in text
+    assert "emulated" in text
+    assert "asimdrdm" in text
