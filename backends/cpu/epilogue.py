@@ -1,7 +1,8 @@
 """The vector epilogue: what happens between the last product and the store, on expressions of any number of lanes.
 
 The order of float operations is the definition's: one product, a clamp, a rounding, then integers. No product feeds a
-sum in float on the integer path, so there is nothing for LLVM to contract.
+sum in float, so there is nothing for LLVM to contract, but where a float residual is added to dequantized sums: a fence
+stands between.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ def round_sum(add: QuantizedAdd, value: Expr, lanes: int) -> Expr:
     """The sum of a ``QuantizedAdd`` rounded, as int32; the packs clamp it."""
     if _rounds_by_adding(add):
         return _round_shifted(add, value, lanes)
-    return round_and_clamp(add, to_float(value, lanes) * constant("float32", 2.0**-add.shift, lanes), lanes)
+    return round_and_clamp(
+        add, to_float(value, lanes) * constant("float32", 2.0**-add.shift, lanes), lanes
+    )
 
 
 def _packed_range(epilogue: Epilogue) -> tuple[int, int, int]:
@@ -214,6 +217,8 @@ def apply_epilogue(
         return apply_activation(epilogue.activation, v, lanes)
     if epilogue.requantize is None:
         v = to_float(accumulator, lanes) * multiplier
+        if residual is not None:
+            v = intrinsic(vector("float32", lanes), "llvm.arithmetic.fence", v) + residual
         return apply_activation(epilogue.activation, v, lanes)
     q = requantize(epilogue.requantize, accumulator, multiplier, lanes)
     if epilogue.residual_add is not None and residual is not None:

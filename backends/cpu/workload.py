@@ -163,8 +163,8 @@ class Epilogue:
 
     Integer accumulators, ``requantize`` set: ``q = requantize(acc + bias)``, then ``q = add(q, residual)`` where
     ``residual_add`` is set (the layer's own q is operand a, the residual tensor operand b).
-    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, then ``activation``; float32 out.
-    Float accumulators: ``v = acc + bias``, ``v = v + residual`` where ``float_residual``, then ``activation``.
+    Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, else ``v = acc + bias``; then
+    ``v = v + residual``, rounded by itself, where ``float_residual``; then ``activation``; float32 out.
     """
 
     requantize: Requantize | None = None

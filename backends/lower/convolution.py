@@ -1,7 +1,7 @@
 """Convolutions and linear layers as steps: float and integer, with what their epilogue can carry.
 
-Fused: an activation (float), a residual sum (integer ``graphopt::add``, float ``aten.add``), a batch norm that nothing
-could fold (as a 1 x 1 depthwise convolution).
+Fused: an activation (float), a residual sum (integer ``graphopt::add``, float ``aten.add``, the latter after a
+dequantizing linear layer too), a batch norm that nothing could fold (as a 1 x 1 depthwise convolution).
 """
 
 from __future__ import annotations
@@ -282,16 +282,23 @@ def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -
 def _with_float_epilogue(
     node: fx.Node, x: fx.Node, constants: Constants, window: Window
 ) -> ConvolutionStep:
+    nodes, residual, epilogue = _float_epilogue(node)
+    return ConvolutionStep(nodes, x, constants, window, epilogue, residual=residual)
+
+
+def _float_epilogue(
+    node: fx.Node, adds: bool = True
+) -> tuple[list[fx.Node], fx.Node | None, Epilogue]:
+    """What follows a layer's float32 output: the nodes to swallow, itself the first, and the other operand of a sum."""
     nodes, residual = [node], None
-    add = sole_user(node)
+    add = sole_user(node) if adds else None
     if add is not None and ops.is_op(add, "add") and ops.bind(add)["alpha"] == 1:
         residual = later_residual(node, add)
         if residual is not None:
             nodes.append(add)
     swallowed, activation = following_activation(nodes[-1])
     epilogue = Epilogue(float_residual=residual is not None, activation=activation)
-    nodes += swallowed
-    return ConvolutionStep(nodes, x, constants, window, epilogue, residual=residual)
+    return [*nodes, *swallowed], residual, epilogue
 
 
 def _float_linear(node: fx.Node) -> Step | None:
@@ -337,12 +344,13 @@ def select_integer(node: fx.Node) -> Step | None:
 
 def _with_integer_epilogue(node: fx.Node, a: dict[str, Any], window: Window) -> Step:
     constants = Constants(a["weight"], a["bias"], a["multiplier"])
-    nodes, residual = [node], None
     if "y_zero_point" not in a:
-        swallowed, activation = following_activation(node)
-        nodes += swallowed
-        epilogue = Epilogue(activation=activation)
-        return ConvolutionStep(nodes, a["x"], constants, window, epilogue, a["x_zero_point"])
+        # Only linear layers: the depthwise kernels add nothing to a dequantized sum.
+        is_linear = node.target == torch.ops.graphopt.linear_dequantize.default
+        nodes, residual, epilogue = _float_epilogue(node, adds=is_linear)
+        zero_point = a["x_zero_point"]
+        return ConvolutionStep(nodes, a["x"], constants, window, epilogue, zero_point, residual)
+    nodes, residual = [node], None
     epilogue = Epilogue(requantize=Requantize(a["y_zero_point"], a["qmin"], a["qmax"]))
     add = sole_user(node)
     if add is not None and add.target == torch.ops.graphopt.add.default and rank(node) == 4:

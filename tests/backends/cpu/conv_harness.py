@@ -92,12 +92,15 @@ def random_data(workload: Conv2d, seed: int = 0, batch: int = 1) -> Data:
             generator.standard_normal(out).astype(np.float32),
         )
     spread = 128 * 74 * np.sqrt(depth)
+    residual = generator.integers(0, 256, out).astype(np.uint8)
+    if workload.epilogue.float_residual:
+        residual = generator.standard_normal(out).astype(np.float32)
     return Data(
         generator.integers(0, 256, shape).astype(np.uint8),
         generator.integers(-128, 128, taps).astype(np.int8),
         generator.integers(-5000, 5000, y.channels).astype(np.int32),
         (generator.uniform(30, 120, y.channels) / spread).astype(np.float32),
-        generator.integers(0, 256, out).astype(np.uint8),
+        residual,
     )
 
 
@@ -131,7 +134,7 @@ def reference(workload: Conv2d, data: Data) -> np.ndarray:
         accumulator.astype(np.int32).astype(np.float32) * data.multiplier[None, :, None, None]
     )
     if epilogue.requantize is None:
-        return value
+        return value + data.residual if epilogue.float_residual else value
     q = round_and_clamp(value, epilogue.requantize)
     add = epilogue.residual_add
     if add is not None:

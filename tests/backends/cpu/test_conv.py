@@ -54,6 +54,9 @@ SHAPES: dict[str, Conv2d] = {
     "linear": conv_workload((512, 100), (1, 1), (1, 1), padding=(0, 0)),
     "linear over 37 tokens": conv_workload((64, 48), (1, 37), (1, 1), padding=(0, 0)),
     "dequantized": conv_workload((16, 33), (5, 5), epilogue=Epilogue()),
+    "dequantized, residual": conv_workload(
+        (64, 41), (1, 9), (1, 1), padding=(0, 0), epilogue=Epilogue(float_residual=True)
+    ),
     "one pixel": conv_workload((8, 16), (1, 1)),
 }
 
