@@ -6,6 +6,7 @@ nvcc there instead, which the loading side passes on as it is (``graphopt.cuda_r
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from graphopt.backends.lower.one_tensor import unify_tensors
 from graphopt.errors import CompileError
 
 _HOOK = "tvm_callback_cuda_postproc"
+_NO_RUNTIME = "TVM_COMPILE_FORCE_FALLBACK"  # read at every build
 _PIPELINE = "graphopt_cuda"
 _OURS = "graphopt.kernel"
 
@@ -110,11 +112,17 @@ class _Device:
 
 @contextmanager
 def _hooked(device: _Device) -> Iterator[None]:
+    """TVM asks ``device`` for the code, and leaves it alone where there is a GPU to compile it for, too."""
+    before = os.environ.get(_NO_RUNTIME)
+    os.environ[_NO_RUNTIME] = "1"
     tvm_ffi.register_global_func(_HOOK, device, override=True)
     try:
         yield
     finally:
         tvm_ffi.registry.remove_global_func(_HOOK)
+        del os.environ[_NO_RUNTIME]
+        if before is not None:
+            os.environ[_NO_RUNTIME] = before
 
 
 def build_library(

@@ -9,6 +9,8 @@ barriers that not every thread of a block reaches. The device functions of ``bac
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +67,21 @@ def run(function: tirx.PrimFunc, *arrays: Array, asynchronous: bool = True) -> N
     grid.run()
 
 
+def run_lowered(function: tirx.PrimFunc, values: Sequence[int], blocks: int, threads: int) -> None:
+    """Run what TVM has made of a kernel: ``values`` are addresses of memory and scalars, in the order of its parameters."""
+    grid = _Grid(function, ())
+    for parameter, value in zip(function.params, values, strict=True):
+        (grid.addresses if _is_pointer(parameter) else grid.values)[parameter] = value
+    grid.run()
+    launched = (grid.extents["blockIdx.x"], grid.extents["threadIdx.x"])
+    if launched != (blocks, threads):
+        raise Fault(f"{blocks} blocks of {threads} threads are launched for {launched}")
+
+
+def _is_pointer(parameter: Any) -> bool:
+    return isinstance(parameter.ty, tvm.ir.PointerType)
+
+
 def _uniform(value: Any, mask: Array, what: str) -> int:
     if np.ndim(value) == 0:
         return int(value)
@@ -84,7 +101,8 @@ class _Grid:
         self.asynchronous = True
         self.groups: list[list[Callable[[], None]]] = [[]]  # copies since each commit
         self.extents: dict[str, int] = {}
-        for parameter, array in zip(function.params, arrays, strict=True):
+        self.addresses: dict[Any, int] = {}  # of pointer parameters
+        for parameter, array in zip(function.params, arrays, strict=bool(arrays)):
             self._argument(parameter, array)
 
     def _argument(self, buffer: Any, array: Array) -> None:
@@ -153,7 +171,24 @@ class _Grid:
         self.storages[buffer] = Storage(str(buffer.name), data, lane, written, shared)
 
     def _DeclBuffer(self, node: Any) -> None:
-        self.storages[node.buffer] = self.storages[node.data.args[0]]
+        if node.data in self.addresses:
+            self.storages[node.buffer] = self._memory(node.buffer, self.addresses[node.data])
+        else:
+            self.storages[node.buffer] = self.storages[node.data.args[0]]
+
+    def _memory(self, buffer: Any, address: int) -> Storage:
+        """The process's own memory from ``address`` on, as large as the buffer, or as its allocation.
+
+        TVM declares buffers of a dynamic batch by variables that it does not pass to the device.
+        """
+        try:
+            elements = math.prod(self._scalar(size) for size in buffer.shape)
+            size = elements * np.dtype(str(buffer.dtype)).itemsize
+        except KeyError:
+            size = ctypes.CDLL(None).malloc_usable_size(ctypes.c_void_p(address))
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        data = np.frombuffer(raw, np.uint8).reshape(1, -1)
+        return Storage(str(buffer.name), data, np.zeros(1, int), np.ones(data.shape, bool))
 
     def _Bind(self, node: Any) -> None:
         self.values[node.var] = self._expression(node.value)
@@ -345,6 +380,10 @@ class _Grid:
 
     def _Not(self, node: Any) -> Any:
         return ~np.asarray(self._expression(node.a))
+
+    def _Let(self, node: Any) -> Any:
+        self.values[node.var] = self._expression(node.value)
+        return self._expression(node.body)
 
     def _Select(self, node: Any) -> Any:
         values = self._expression(node.true_value), self._expression(node.false_value)

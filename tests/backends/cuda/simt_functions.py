@@ -15,7 +15,8 @@ BINARY: dict[str, Any] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
-    "Div": np.divide,
+    "Div": lambda a, b: _divide(a, b),
+    "Mod": np.fmod,
     "FloorDiv": np.floor_divide,
     "FloorMod": np.mod,
     "Min": np.fmin,
@@ -40,6 +41,13 @@ _ELEMENTWISE: dict[str, Any] = {
     "tirx.erf": np.vectorize(math.erf, otypes=[np.float32]),
     "__fmul_rn": np.multiply,
 }
+
+
+def _divide(a: Any, b: Any) -> Any:
+    """C's division: towards zero for integers."""
+    quotient = np.divide(a, b)
+    kind = np.result_type(a, b)
+    return quotient if kind.kind == "f" else np.trunc(quotient).astype(kind)
 
 
 def call(grid: Any, name: str, values: list[Any]) -> Any:
