@@ -33,8 +33,8 @@ from graphopt.backends.cpu.winograd import winograd
 from graphopt.backends.cpu.winograd_plan import plan_winograd
 from graphopt.backends.cpu.winograd_weights import pack_winograd
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
+from graphopt.backends.isas import ISAS
 from graphopt.backends.targets import resolve
-from graphopt.backends.x86.isa import ISAS
 from graphopt.bench import markdown
 from graphopt.bench.report import machine_name
 from graphopt.bench.timing import time_interleaved
@@ -73,7 +73,10 @@ _ADD = QuantizedAdd(700_001, 511_111, 20, 0, 7, 0, 0, 255)
 
 @dataclass(frozen=True)
 class Row:
-    """One layer at one share of zeros: seconds of both kernels, and the cost model's ratio of them."""
+    """One layer at one share of zeros: seconds of both kernels, and the cost model's ratio of them.
+
+    ``dense`` is the kernel that the compiler would take, of the kind ``kind``; ``direct`` the direct one, with all products.
+    """
 
     layer: str
     dtype: str
@@ -81,6 +84,7 @@ class Row:
     zeros: float
     density: float
     dense: float
+    direct: float
     sparse: float
     predicted: float | None
     kind: str
@@ -149,18 +153,19 @@ def _call(kernel: Any, workload: Conv2d, constants: list[Array]) -> Callable[[],
     return lambda: kernel(*arguments)
 
 
-def dense_call(
+def dense_calls(
     workload: Conv2d, weight: Array, multiplier: Array | None, isa: Isa
-) -> tuple[str, Callable[[], object]]:
-    """The dense kernel that the compiler would take, and its kind."""
-    if not is_winograd(workload, isa, 1, sums_fit=True):
-        packed = pack_conv2d(workload, isa, weight, None, multiplier)
-        return "direct", _call(_compiled(conv2d(workload, isa, 1), isa), workload, list(packed))
-    stored = pack_winograd(workload, isa, 1, weight, None, multiplier)
-    size = plan_winograd(workload, isa, 1).packed_weights
-    points = np.ones(size, np.float32 if multiplier is None else np.int32)
-    kernel = _compiled(winograd(workload, isa, 1), isa)
-    return "winograd", _call(kernel, workload, [points, *stored[1:]])
+) -> dict[str, Callable[[], object]]:
+    """The direct kernel, and Winograd's where the compiler would take that."""
+    packed = pack_conv2d(workload, isa, weight, None, multiplier)
+    calls = {"direct": _call(_compiled(conv2d(workload, isa, 1), isa), workload, list(packed))}
+    if is_winograd(workload, isa, 1, sums_fit=True):
+        stored = pack_winograd(workload, isa, 1, weight, None, multiplier)
+        size = plan_winograd(workload, isa, 1).packed_weights
+        points = np.ones(size, np.float32 if multiplier is None else np.int32)
+        kernel = _compiled(winograd(workload, isa, 1), isa)
+        calls["winograd"] = _call(kernel, workload, [points, *stored[1:]])
+    return calls
 
 
 def sparse_call(
@@ -169,7 +174,7 @@ def sparse_call(
     wanted = as_planar(workload)
     if multiplier is not None:
         wanted = rounds_in_range(wanted, weight, None, multiplier)
-    packed = pack_sparse(plan_sparse(wanted, isa), weight, None, multiplier)
+    packed = pack_sparse(plan_sparse(wanted, isa), weight, None, multiplier, isa.flips)
     return _call(_sparse_kernel(wanted, isa), wanted, list(packed))
 
 
@@ -180,15 +185,15 @@ def measure(
     workload = workload_of(layer, dtype)
     multiplier = None if dtype != "int8" else np.full(workload.y.channels, 1e-4, np.float32)
     weights = {case: weight_of(workload, dtype, *case) for case in cases}
-    kind, dense = dense_call(workload, next(iter(weights.values())), multiplier, isa)
-    calls = {"dense": dense}
+    calls = dense_calls(workload, next(iter(weights.values())), multiplier, isa)
+    kind = list(calls)[-1]
     for case, weight in weights.items():
         calls[repr(case)] = sparse_call(workload, weight, multiplier, isa)
     timings = time_interleaved(calls, seconds=seconds)
     for case, weight in weights.items():
         forms = compare(workload, weight, isa, 1)
         density, predicted = (1.0, None) if forms is None else (forms.density, forms.gain)
-        times = timings["dense"].fastest, timings[repr(case)].fastest
+        times = [timings[name].fastest for name in (kind, "direct", repr(case))]
         yield Row(layer, dtype, *case, density, *times, predicted, kind)
 
 
@@ -208,11 +213,21 @@ def table(rows: list[Row]) -> list[str]:
         lines.append([*group, first.kind, f"{1e6 * first.dense:.0f}", *cells])
     for dtype, pattern in dict.fromkeys((row.dtype, row.pattern) for row in rows):
         kept = [row for row in rows if (row.dtype, row.pattern) == (dtype, pattern)]
-        by_share = [[row.gain for row in kept if row.zeros == share] for share in shares]
-        cells = [f"{_mean(gains):.2f}" if gains else "" for gains in by_share]
-        lines.append(["geometric mean", dtype, pattern, "", "", *cells])
+        lines.append(["geometric mean", dtype, pattern, "", "", *_means(kept, shares, "dense")])
+        if any(row.kind != "direct" for row in kept):
+            cells = _means(kept, shares, "direct")
+            lines.append(["against direct kernels", dtype, pattern, "", "", *cells])
     titles = ["layer", "type", "pattern", "dense kernel", "us", *(f"{s:.0%}" for s in shares)]
     return markdown.table(titles, lines)
+
+
+def _means(rows: list[Row], shares: list[float], rival: str) -> list[str]:
+    """The geometric mean over the layers of a dense time over the sparse one's, at each share of zeros."""
+    cells = []
+    for share in shares:
+        gains = [getattr(row, rival) / row.sparse for row in rows if row.zeros == share]
+        cells.append(f"{_mean(gains):.2f}" if gains else "")
+    return cells
 
 
 def _cell(row: Row | None) -> str:
@@ -250,11 +265,13 @@ def picture(path: Path, rows: list[Row]) -> None:
 
 
 def _read(path: Path, isa: Isa) -> list[Row]:
-    """The rows of an earlier run on the same machine and instruction set."""
+    """The rows of an earlier run on the same machine and instruction set, in this form."""
     if not path.exists():
         return []
     body = json.loads(path.read_text())
     if (body["machine"], body["isa"]) != (machine_name(), isa.name):
+        return []
+    if any(row.keys() != Row.__annotations__.keys() for row in body["rows"]):
         return []
     return [Row(**row) for row in body["rows"]]
 
@@ -287,7 +304,8 @@ def main() -> None:
     options = _parser().parse_args()
     isa = ISAS[resolve("native").isa if options.isa == "native" else options.isa]
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "sparse.json"
+    name = "sparse" if options.isa == "native" else f"sparse {isa.name}"
+    path = options.output / f"{name.replace(' ', '-')}.json"
     rows = [] if options.fresh else _read(path, isa)
     cases = [(p, float(z)) for p in options.pattern.split(",") for z in options.zeros.split(",")]
     for dtype in options.dtype.split(","):
@@ -297,12 +315,19 @@ def main() -> None:
             if missing:
                 rows += measure(layer, dtype, missing, isa, options.seconds)
                 _write(path, isa, rows)
-    picture(options.output / "sparse.svg", rows)
+    dtypes = options.dtype.split(",")
+    rows = [
+        row
+        for row in rows
+        if row.dtype in dtypes and options.layers in row.layer and (row.pattern, row.zeros) in cases
+    ]
+    section = name if "int8" in dtypes else f"{name} {options.dtype}"
+    picture(options.output / f"{section.replace(' ', '-')}.svg", rows)
     lines = table(rows)
     if options.document is not None:
         head = ["", markdown.command_line("benchmarks/sparse.py"), ""]
         machine = [f"{markdown.machine_line(machine_name())}; {isa.name}.", ""]
-        markdown.replace_section(options.document, "sparse", [*head, *machine, *lines, ""])
+        markdown.replace_section(options.document, section, [*head, *machine, *lines, ""])
     shown = [dataclasses.asdict(row) for row in rows]
     print(json.dumps(shown) if options.json else "\n".join(lines))
 

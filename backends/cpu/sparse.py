@@ -16,9 +16,10 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.sparse_gather import Gather
 from graphopt.backends.cpu.sparse_plan import SparseChoice, plan_sparse
+from graphopt.backends.cpu.sparse_products import AHEAD, Products
 from graphopt.backends.cpu.sparse_store import SparseStore, Tile
 from graphopt.backends.cpu.workload import Conv2d, Layout
 
@@ -74,7 +75,7 @@ class _Kernel:
         self.multiplier = None
         if self.integer:
             self.multiplier = argument("multiplier", (plan.rows,), "float32")
-        self.taps = argument("taps", (stored,), "uint16")
+        self.taps = argument("taps", (stored + AHEAD,), "uint16")
         self.starts = argument("starts", (plan.parts * plan.rows + 1,), "int32")
         residual = None
         if workload.residual is not None:
@@ -127,12 +128,12 @@ class _Kernel:
         gathered = T.alloc_buffer((size,), self.workload.x.dtype, scope="global")
         Gather(plan, self.x, gathered).chunk(image, first_line)
         with emit.loop(plan.chunk) as down, emit.loop(plan.tiles_wide) as across:
-            line = bind(down * plan.tile_lines)
+            line = bind(down * plan.high)
             column: Expr = 0
             if plan.tiles_wide > 1:
                 step = plan.wide * plan.lanes
                 column = bind(emit.minimum(across * step, plan.width - step))
-            start = bind(line * plan.pitch + column)
+            start = bind(line * plan.row_pitch + column)
             pixel = bind((first_line + line) * plan.width + column)
             self._tile(gathered, start, Tile(image, pixel), low, high)
 
@@ -186,66 +187,11 @@ class _Kernel:
         self, source: Buffer, start: Expr, row: Expr, part: Expr, before: list[Expr] | None
     ) -> list[Expr]:
         """A part's blocks of one output channel times the pixels of the tile, added to what is there or to the bias."""
-        plan = self.plan
-        sums = emit.Accumulators(plan.high, plan.wide, self.dtype, plan.lanes)
-        places = [(i, j) for i in range(plan.high) for j in range(plan.wide)]
         if before is None:
-            bias = bind(emit.broadcast(emit.load(self.bias, row, 1), plan.lanes))
-            before = [bias] * len(places)
-        for place, value in zip(places, before, strict=True):
-            sums.set(*place, value)
-        first = bind(emit.load(self.starts, part + row, 1))
-        count = bind(emit.load(self.starts, part + row + 1, 1) - first)
-
-        def step(place: Expr, weight: list[Expr]) -> None:
-            x = bind(start + place * plan.unit)
-            for i, j in places:
-                index = x + (i * plan.lines * plan.pitch + j * plan.lanes)
-                sums.set(i, j, self._multiply_add(sums.get(i, j), source, index, weight))
-
-        with T.serial(0, count >> 1) as pair:
-            k = bind(first + pair * 2)
-            taps = bind(T.reinterpret("uint32", emit.load(self.taps, k, 2)))
-            low, high = self._two_weights(k)
-            step(T.cast(taps & emit.constant("uint32", 0xFFFF), "int32"), low)
-            step(T.cast(taps >> emit.constant("uint32", 16), "int32"), high)
-        with T.If((count & 1) == 1), T.Then():
-            k = bind(first + count - 1)
-            word = emit.load(self.values, k, 1)
-            tap = T.cast(emit.load(self.taps, k, 1), "int32")
-            step(tap, self._weight(emit.broadcast(word, plan.lanes)))
-        return [bind(sums.get(*place)) for place in places]
-
-    def _two_weights(self, k: Expr) -> tuple[list[Expr], list[Expr]]:
-        """Two neighbouring blocks by one load: loads are what a step waits for."""
-        lanes = self.plan.lanes
-        both = T.reinterpret("int64", emit.load(self.values, k, 2))
-        words = bind(T.reinterpret(f"{self.dtype}x{lanes}", emit.broadcast(both, lanes // 2)))
-        low, high = (
-            tirx.Shuffle([words], [2 * (i // 2) + odd for i in range(lanes)]) for odd in (0, 1)
-        )
-        return self._weight(low), self._weight(high)
-
-    def _weight(self, words: Expr) -> list[Expr]:
-        """A block in every lane as the right operands of the row's products with a vector of pixels."""
-        lanes = self.plan.lanes
-        if not self.integer:
-            return [bind(words)]
-        if self.isa.dot_group == INT8_STEP:
-            return [bind(T.reinterpret(f"int8x{4 * lanes}", words))]
-        pairs = bind(T.reinterpret(f"int16x{2 * lanes}", words))
-        eight = emit.constant("int16", 8, 2 * lanes)
-        return [bind((pairs << eight) >> eight), bind(pairs >> eight)]
-
-    def _multiply_add(self, total: Expr, source: Buffer, pixel: Expr, weight: list[Expr]) -> Expr:
-        lanes, isa = self.plan.lanes, self.isa
-        if not self.integer:
-            value = emit.load(source, pixel, lanes)
-            return emit.multiply_add(isa, value, weight[0], total)
-        value = emit.load(source, pixel * INT8_STEP, INT8_STEP * lanes)
-        if isa.dot_group == INT8_STEP:
-            return emit.dot(isa, total, [T.reinterpret(f"int8x{4 * lanes}", value)], weight)
-        return emit.dot(isa, total, emit.spread_bytes(isa, value), weight)
+            bias = bind(emit.broadcast(emit.load(self.bias, row, 1), self.plan.lanes))
+            before = [bias] * self.plan.vectors
+        products = Products(self.plan, self.isa, (self.values, self.taps, self.starts), source)
+        return products.sums(start, part + row, before)
 
 
 def sparse(

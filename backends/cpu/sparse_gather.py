@@ -29,21 +29,26 @@ class Gather:
         with emit.loop(x.planes) as plane:
             source = bind((image * x.planes + plane) * x.plane_pixels)
             for phase in plan.phases:
-                with emit.loop(plan.gathered_lines) as line:
-                    row = bind((first_line + line) * stride + (phase - top))
-                    offset = bind(line * plan.pitch)
-                    inside = tirx.all(row >= 0, row < x.height)
-                    with T.If(inside):
-                        with T.Then():
-                            start = bind(source + row * x.width)
-                            for column in range(plan.workload.kernel[1]):
-                                self._line(
-                                    start, self._target(column, phase, plane) + offset, column
-                                )
-                        with T.Else():
-                            for column in range(plan.workload.kernel[1]):
-                                target = bind(self._target(column, phase, plane) + offset)
-                                self._fill(target, plan.width)
+                for part in range(plan.lines):
+                    with emit.loop(plan.gathered_rows) as row:
+                        line = first_line + part * plan.chunk_rows + row
+                        offset = bind(row * plan.row_pitch + part * plan.pitch)
+                        self._columns(
+                            source, bind(line * stride + (phase - top)), phase, plane, offset
+                        )
+
+    def _columns(self, source: Expr, row: Expr, phase: int, plane: Expr, offset: Expr) -> None:
+        """An input row, or the padding's value, in the maps of all tap columns."""
+        plan, x = self.plan, self.plan.workload.x
+        with T.If(tirx.all(row >= 0, row < x.height)):
+            with T.Then():
+                start = bind(source + row * x.width)
+                for column in range(plan.workload.kernel[1]):
+                    self._line(start, self._target(column, phase, plane) + offset, column)
+            with T.Else():
+                for column in range(plan.workload.kernel[1]):
+                    target = bind(self._target(column, phase, plane) + offset)
+                    self._fill(target, plan.width)
 
     def _target(self, column: int, phase: int, plane: Expr) -> Expr:
         return (plane + self.plan.map_of(column, phase)) * self.plan.map_pixels

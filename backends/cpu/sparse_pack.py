@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from graphopt.backends.cpu.bias import folded_bias
 from graphopt.backends.cpu.sparse_plan import SparsePlan
+from graphopt.backends.cpu.sparse_products import AHEAD
 from graphopt.backends.cpu.workload import PLANE_BYTES
 
 Array = npt.NDArray[np.generic]
@@ -50,11 +51,16 @@ def _zigzag(filled: Array) -> tuple[Array, Array]:
 
 
 def pack_sparse(
-    plan: SparsePlan, weight: Array, bias: Array | None, multiplier: Array | None
+    plan: SparsePlan,
+    weight: Array,
+    bias: Array | None,
+    multiplier: Array | None,
+    flips: tuple[int, ...] = (0,) * PLANE_BYTES,
 ) -> list[Array]:
     """The kernel's constants in order: values, bias, for uint8 activations the multiplier, taps, starts of rows.
 
-    ``weight`` is OIHW (int8 or float32), ``bias`` [O] (int32 or float32, None for zeros), ``multiplier`` float32 [O].
+    ``weight`` is OIHW (int8 or float32), ``bias`` [O] (int32 or float32, None for zeros), ``multiplier`` float32 [O]. The
+    bias takes what the row's ``flips`` leave out. Taps are read a word ahead: there are ``AHEAD`` more than blocks.
     """
     workload = plan.workload
     dtype = np.float32 if workload.x.dtype == "float32" else np.int32
@@ -63,7 +69,7 @@ def pack_sparse(
     filled = np.any(cut, axis=-1)
     rows, taps = _zigzag(_parted(filled, plan))
     size = max(1, rows.size)  # no tensor is empty
-    values, index = np.zeros(size, dtype), np.zeros(size, np.uint16)
+    values, index = np.zeros(size, dtype), np.zeros(size + AHEAD, np.uint16)
     chosen = np.ascontiguousarray(cut[rows % plan.rows, taps])
     values[: rows.size] = chosen.view(dtype).reshape(-1)
     index[: taps.size] = np.array(plan.offsets())[taps] // plan.unit
@@ -75,7 +81,10 @@ def pack_sparse(
         padded[: source.size] = source
         return padded
 
-    constants = [values, per_row(folded_bias(workload, weight, bias))]
+    start = folded_bias(workload, weight, bias)
+    if any(flips) and dtype == np.int32:
+        start = start + (cut.astype(np.int32) * np.array(flips, np.int32)).sum(axis=(1, 2))
+    constants = [values, per_row(start.astype(dtype, copy=False))]
     if multiplier is not None:
         constants.append(per_row(multiplier.astype(np.float32, copy=False)))
     return [*constants, index, starts]

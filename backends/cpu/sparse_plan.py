@@ -25,24 +25,24 @@ _MOST_VECTORS = {
     32: 8,
 }  # by registers: beside a tile stand the half-packed sums of another channel
 _WIDEST_OFFSET = 1 << 16
-_LOAD_CYCLES = 0.6  # a vector from L1
-_L2_LOAD_CYCLES = 1.3
-_STREAM_CYCLES = 1.6  # a line of a tile's input, when it is first read
-_L1_SHARE = 1.2  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
-_LATENCY = 3.2  # of a step
-_MOST_PARTS = 8
+_LOAD_CYCLES = 0.58  # a vector from L1
+_L2_LOAD_CYCLES = 1.0
+_STREAM_CYCLES = 1.0  # a line of a tile's input, when it is first read
+_L1_SHARE = 1.4  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
+_LATENCY = 2.9  # of a step
+_MOST_PARTS = 12
 _LEAST_PLANES = 16  # of a part
-_WAIT_CYCLES = 2.0  # a vector of sums stored and loaded again
-_ROW_CYCLES = 8.0  # a channel of a tile: its loop, its constants
-_EPILOGUE_CYCLES = 1.0  # a vector, mostly beside the products
-_RESIDUAL_CYCLES = 3.5
-_CROWDED_CYCLES = 16.0  # a row of a tile that spills
-_PAGES = 64  # that the first TLB holds beside others
+_WAIT_CYCLES = 2.3  # a vector of sums stored and loaded again
+_ROW_CYCLES = 4.8  # a channel of a tile: its loop, its constants
+_EPILOGUE_CYCLES = 0.55  # a vector, mostly beside the products
+_RESIDUAL_CYCLES = 4.4
+_CROWDED_CYCLES = 13.0  # a row of a tile that spills
+_PAGES = 82  # that the first TLB holds beside others
 _PAGE_BYTES = 4096
 _LINE_BYTES = 64
-_PAGE_CYCLES = 0.3  # a vector
-_GATHER_CYCLES = 1.6  # a vector copied
-_GATHER_LINE_CYCLES = 4.0
+_PAGE_CYCLES = 0.43  # a vector
+_GATHER_CYCLES = 1.9  # a vector copied
+_GATHER_LINE_CYCLES = 3.7
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class SparseChoice:
 class SparsePlan:
     """The cut of one sparse convolution; offsets and sizes in pixels of 32 bits.
 
-    A vector holds ``lines`` output lines of ``pitch`` pixels each, or a part of one (``lines`` 1). ``phases`` are the input
+    A vector holds ``lines`` output lines of ``pitch`` pixels each, or a part of one (``lines`` 1). They are ``chunk_rows`` apart,
+    so that the vector that a tap reads is a gathered one, too: ``row_pitch`` pixels from a row of vectors to the next. ``phases`` are the input
     rows modulo the stride that some tap reads. ``parts``: a tile's sums over a part of the input planes wait in memory for
     the next part, so that the pixels of a part stay in L1 for all output channels.
     """
@@ -92,7 +93,7 @@ class SparsePlan:
     @property
     def lines(self) -> int:
         """Output lines of a vector."""
-        return max(1, self.lanes // self.pitch)
+        return 1 if self.flat else max(1, self.lanes // self.pitch)
 
     @property
     def vectors_wide(self) -> int:
@@ -100,14 +101,19 @@ class SparsePlan:
         return -(-self.width // self.lanes)
 
     @property
-    def tile_lines(self) -> int:
-        """Output lines of a tile."""
-        return self.high * self.lines
+    def row_pitch(self) -> int:
+        """Pixels from a row of vectors to the next."""
+        return max(self.pitch, self.lanes)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of vectors whose input is gathered together."""
+        return self.chunk * self.high
 
     @property
     def chunk_lines(self) -> int:
-        """Output lines whose input is gathered together."""
-        return self.chunk * self.tile_lines
+        """Their output lines."""
+        return self.chunk_rows * self.lines
 
     @property
     def chunks(self) -> int:
@@ -131,17 +137,17 @@ class SparsePlan:
         return tuple(sorted({r * dilation % stride for r in range(self.workload.kernel[0])}))
 
     @cached_property
-    def gathered_lines(self) -> int:
-        """Lines of a gathered map."""
+    def gathered_rows(self) -> int:
+        """Rows of vectors of a gathered map."""
         stride, dilation = self.workload.stride[0], self.workload.dilation[0]
-        return self.chunk_lines + (self.workload.kernel[0] - 1) * dilation // stride
+        return self.chunk_rows + (self.workload.kernel[0] - 1) * dilation // stride
 
     @cached_property
     def map_pixels(self) -> int:
         """Pixels from one plane's map to the next: an odd number of cache lines, for the sake of L1's sets."""
         if self.flat:
             return self.workload.x.plane_pixels
-        return PLANE_PIXELS * (-(-self.gathered_lines * self.pitch // PLANE_PIXELS) | 1)
+        return PLANE_PIXELS * (-(-self.gathered_rows * self.row_pitch // PLANE_PIXELS) | 1)
 
     @property
     def maps(self) -> int:
@@ -170,7 +176,7 @@ class SparsePlan:
     @property
     def unit(self) -> int:
         """Pixels that every tap's offset is a multiple of."""
-        return PLANE_PIXELS if self.flat else math.gcd(PLANE_PIXELS, self.pitch)
+        return PLANE_PIXELS if self.flat else math.gcd(PLANE_PIXELS, self.row_pitch)
 
     def offsets(self) -> list[int]:
         """Where tap ``(plane, r, s)``, in that order, reads the tile's first pixel."""
@@ -178,7 +184,7 @@ class SparsePlan:
         stride = self.workload.stride[0]
         return [
             (self.map_of(s, r * dh % stride) + plane) * self.map_pixels
-            + (0 if self.flat else r * dh // stride * self.pitch)
+            + (0 if self.flat else r * dh // stride * self.row_pitch)
             for plane, r, s in itertools.product(
                 range(self.workload.x.planes), range(kh), range(kw)
             )
@@ -198,7 +204,7 @@ def _is_flat(workload: Conv2d) -> bool:
 def fits(workload: Conv2d, isa: Isa) -> str | None:
     """Why the kernel cannot compute a convolution on a row, or None."""
     x, y = workload.x, workload.y
-    if isa.lanes < _LEAST_LANES:
+    if isa.lanes < _LEAST_LANES and not isa.by_element:
         return f"{isa.name} has no sparse kernels"
     if workload.groups != 1:
         return "it is grouped"
@@ -241,20 +247,24 @@ def _fits_map(plan: SparsePlan) -> bool:
     )
 
 
+def _instructions(isa: Isa) -> int:
+    """That multiply a vector of bytes by a block: two, where they are spread to words or halves, and one for the flip."""
+    return isa.products + 2 * (isa.form != "dot") + any(isa.flips)
+
+
 def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     """Estimated cycles of one image on one thread."""
     workload, vectors = plan.workload, plan.vectors
     x, kh = workload.x, workload.kernel[0]
-    maps, lines = 1, plan.high * plan.lines
+    maps, rows = 1, plan.high
     if not plan.flat:
-        maps, lines = plan.maps, lines + (kh - 1) * workload.dilation[0] // workload.stride[0]
-    across = min(plan.wide * plan.lanes, plan.pitch) if not plan.flat else plan.wide * plan.lanes
-    tile_bytes = 4 * x.planes * maps * lines * across
+        maps, rows = plan.maps, rows + (kh - 1) * workload.dilation[0] // workload.stride[0]
+    tile_bytes = 4 * x.planes * maps * rows * plan.wide * plan.lanes
     hit = min(1.0, _L1_SHARE * isa.l1_bytes / (tile_bytes / plan.parts))
-    products = 1 if isa.dot_accumulates or x.dtype == "float32" else 3
+    products = 1 if x.dtype == "float32" else _instructions(isa)
     load = hit * _LOAD_CYCLES + (1 - hit) * _L2_LOAD_CYCLES
-    if 4 * plan.gathered_pixels > _PAGES * _PAGE_BYTES:
-        load += _PAGE_CYCLES
+    pages = x.planes * maps / plan.parts * min(1.0, 4 * plan.map_pixels / _PAGE_BYTES)
+    load += _PAGE_CYCLES * (1 - min(1.0, _PAGES / pages))
     step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES)
     blocks = density * x.planes * kh * workload.kernel[1]
     epilogue = _EPILOGUE_CYCLES if workload.residual is None else _RESIDUAL_CYCLES
@@ -266,8 +276,13 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     cycles = tiles * (plan.rows * row + tile_bytes / _LINE_BYTES * _STREAM_CYCLES)
     if not plan.flat:
         line = plan.vectors_wide * _GATHER_CYCLES + _GATHER_LINE_CYCLES
-        cycles += plan.chunks * plan.maps * x.planes * plan.gathered_lines * line
+        cycles += plan.chunks * plan.maps * x.planes * plan.gathered_rows * plan.lines * line
     return cycles
+
+
+def _stays_in_l2(plan: SparsePlan, isa: Isa) -> bool:
+    """True where what is gathered does; tiles that share it leave room for weights and waiting sums."""
+    return 4 * plan.gathered_pixels <= isa.l2_bytes // (1 if plan.chunk == 1 else 2)
 
 
 _TYPICAL_DENSITY = (
@@ -281,7 +296,7 @@ def plan_sparse(workload: Conv2d, isa: Isa, choice: SparseChoice | None = None) 
         return _plan(workload, isa, choice)
     plans = [_plan(workload, isa, choice) for choice in _candidates(workload, isa)]
     fitting = [plan for plan in plans if _fits_map(plan)]
-    small = [plan for plan in fitting if 4 * plan.gathered_pixels <= isa.l2_bytes]
+    small = [plan for plan in fitting if _stays_in_l2(plan, isa)]
     least = min(fitting, key=lambda plan: plan.gathered_pixels)
     most = max(1, min(_MOST_PARTS, workload.x.planes // _LEAST_PLANES))
     parted = [

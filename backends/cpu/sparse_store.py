@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -37,6 +38,7 @@ class SparseStore:
         self.y, self.residual = y, residual
         self.epilogue = plan.workload.epilogue
         self.rounds = self.epilogue.requantize is not None
+        self.group = plan.workload.y.group
         self._start: Expr = 0
         self._waiting: list[list[Expr]] = []
         self._residuals: list[Expr] = []
@@ -46,13 +48,18 @@ class SparseStore:
         y = self.plan.workload.y
         self._start = bind((tile.image * y.planes + plane) * y.plane_pixels + tile.pixel)
         self._waiting = []
-        self._residuals = self._load_residuals()
+        self._residuals = []
+        if self.residual is not None and self.rounds:
+            self._residuals = [self._load_residual(index) for index in range(self.plan.vectors)]
 
-    def _offset(self, index: int) -> int:
-        """Pixels from the tile's first to those of its vector ``index``."""
+    def _line(self, index: int, part: int) -> int:
+        """The output line of the vector's part, from the tile's first."""
+        return index // self.plan.wide + part * self.plan.chunk_rows
+
+    def _offset(self, index: int, part: int = 0) -> int:
+        """Pixels from the tile's first to those of its vector ``index``, or of the line that is a part of it."""
         plan = self.plan
-        i, j = divmod(index, plan.wide)
-        return i * plan.lines * plan.width + j * plan.lanes
+        return self._line(index, part) * plan.width + index % plan.wide * plan.lanes
 
     def channel(self, channel: int, sums: list[Expr], multiplier: Expr | None) -> None:
         """One channel of the plane: stored, or kept until its plane is whole."""
@@ -75,18 +82,30 @@ class SparseStore:
         """The plane is whole."""
         if not self.rounds:
             return
-        for index, words in enumerate(zip(*self._waiting, strict=True)):
-            q = interleaved(self.isa, bind(pack_bytes(self.isa, self.epilogue, *words)))
-            self._store(index, bind(T.reinterpret(f"int32x{self.isa.lanes}", q)))
+        packed = list(zip(*self._waiting, strict=True))
+        self._store(lambda index: self._bytes(packed[index]))
 
-    def _load_residuals(self) -> list[Expr]:
-        """The residual's pixels as stored, a vector for each of the tile."""
-        if self.residual is None:
-            return []
-        group, lanes = self.plan.workload.y.group, self.isa.lanes
-        starts = [(self._start + self._offset(i)) * group for i in range(self.plan.vectors)]
-        values = [bind(emit.load(self.residual, start, lanes * group)) for start in starts]
-        return [self._expand(value) for value in values]
+    def _bytes(self, words: tuple[Expr, Expr]) -> Expr:
+        """A vector's bytes, pixel by pixel."""
+        return bind(interleaved(self.isa, bind(pack_bytes(self.isa, self.epilogue, *words))))
+
+    def _load_residual(self, index: int) -> Expr:
+        """The lines of a vector side by side; behind the map's end its last line again."""
+        plan, group = self.plan, self.group
+        size = plan.lanes // plan.lines
+        parts = []
+        for part in range(plan.lines):
+            line = self._line(index, part)
+            behind = max(0, line - (plan.height - 1))
+            pixel = self._start + self._offset(index, part) - behind * plan.width
+            parts.append(bind(emit.load(self.residual, pixel * group, size * group)))
+        if len(parts) == 1:
+            return parts[0]
+        if group == 1:
+            return bind(tirx.Shuffle(parts, list(range(plan.lanes))))
+        words = [bind(T.reinterpret(emit.vector("int32", size), value)) for value in parts]
+        joined = tirx.Shuffle(words, list(range(plan.lanes)))
+        return bind(T.reinterpret(f"uint8x{plan.lanes * group}", joined))
 
     def _residual(self, index: int, channel: int) -> Expr | None:
         """One channel's bytes as int32."""
@@ -101,56 +120,52 @@ class SparseStore:
         return T.reinterpret(f"int32x{lanes}", words)
 
     def _store_floats(self, sums: list[Expr], multiplier: Expr | None) -> None:
-        for index, total in enumerate(sums):
-            other = self._residuals[index] if self._residuals else None
-            value = apply_epilogue(self.epilogue, total, self.isa.lanes, multiplier, other)
-            self._store(index, bind(value))
+        def value(index: int) -> Expr:
+            other = None if self.residual is None else self._load_residual(index)
+            return bind(
+                apply_epilogue(self.epilogue, sums[index], self.isa.lanes, multiplier, other)
+            )
 
-    def _store(self, index: int, words: Expr) -> None:
-        """A vector's pixels. Lanes behind a line's end may be written where the tile's next vector overwrites them."""
+        self._store(value)
+
+    def _store(self, vector: Callable[[int], Expr]) -> None:
+        """The pixels of a plane; ``vector`` makes those of a vector. Lanes behind a line's end may be written where the tile's
+        next line overwrites them."""
         plan, lanes = self.plan, self.isa.lanes
-        target = self._start + self._offset(index)
-        valid = self._valid(index)
-        if plan.lines > 1 and not plan.flat:
-            words = self._compact(words)
-        following = self._valid(index + 1) if index + 1 < plan.vectors else 0
-        if lanes - valid <= following:
-            valid = lanes
-        for first, size in emit.pieces(valid):
-            self._write(target + first, emit.slice_lanes(words, first, size, lanes), size)
+        size = lanes // plan.lines
+        lines = [
+            (self._offset(index, part), index, part * size, valid)
+            for index in range(plan.vectors)
+            for part in range(plan.lines)
+            if (valid := self._valid(index, part)) > 0
+        ]
+        lines.sort()
+        followers: list[tuple[int, int, int, int] | None] = [*lines[1:], None]
+        made: dict[int, Expr] = {}
+        for (offset, index, lane, valid), follower in zip(lines, followers, strict=True):
+            written = valid
+            if follower is not None and follower[0] == offset + valid:
+                written = size if size - valid <= follower[-1] else valid
+            if index not in made:  # stored as soon as it is there: it leaves its register
+                made[index] = vector(index)
+            for first, count in emit.pieces(written):
+                words = self._slice(made[index], lane + first, count)
+                emit.store(self.y, (self._start + offset + first) * self.group, words)
 
-    def _valid(self, index: int) -> int:
-        """Pixels of the tile's vector that are in the map."""
+    def _valid(self, index: int, part: int) -> int:
+        """Pixels that are in the map, of a vector's line."""
         plan = self.plan
         if plan.flat or plan.tiles_wide > 1:
             return plan.lanes
-        i, j = divmod(index, plan.wide)
         if plan.lines == 1:
-            return min(plan.lanes, plan.width - j * plan.lanes)
-        # fewer lines than it holds, perhaps, at the end of a map of a single tile
-        return max(0, min(plan.lines, plan.height - i * plan.lines)) * plan.width
+            return min(plan.lanes, plan.width - index % plan.wide * plan.lanes)
+        # fewer lines than it holds, perhaps, in a map of a single tile
+        return plan.width if self._line(index, part) < plan.height else 0
 
-    def _compact(self, words: Expr) -> Expr:
-        """Lines side by side, without what lies between them."""
-        plan, lanes = self.plan, self.isa.lanes
-        order = [line * plan.pitch + q for line in range(plan.lines) for q in range(plan.width)]
-        order += [lanes - 1] * (lanes - len(order))
-        return bind(tirx.Shuffle([words], order))
-
-    def _expand(self, value: Expr) -> Expr:
-        """Lines that lie side by side, where the tile's are."""
-        plan, lanes, group = self.plan, self.isa.lanes, self.plan.workload.y.group
-        if plan.flat or plan.lines == 1:
-            return value
-        places = [divmod(lane, plan.pitch) for lane in range(lanes)]
-        order = [line * plan.width + min(q, plan.width - 1) for line, q in places]
-        if group == 1:
-            return bind(tirx.Shuffle([value], order))
-        words = tirx.Shuffle([bind(T.reinterpret(f"int32x{lanes}", value))], order)
-        return bind(T.reinterpret(f"uint8x{lanes * group}", words))
-
-    def _write(self, pixel: Expr, words: Expr, lanes: int) -> None:
-        group = self.plan.workload.y.group
-        if group > 1:
-            words = T.reinterpret(emit.vector("uint8", lanes * group), words)
-        emit.store(self.y, pixel * group, words)
+    def _slice(self, vector: Expr, first: int, count: int) -> Expr:
+        """Pixels of a vector."""
+        if self.group == 1:
+            return emit.slice_lanes(vector, first, count, self.isa.lanes)
+        words = bind(T.reinterpret(f"int32x{self.isa.lanes}", vector))
+        words = emit.slice_lanes(words, first, count, self.isa.lanes)
+        return T.reinterpret(emit.vector("uint8", count * self.group), words)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ import graphopt as go
 import graphopt.integer
 from graphopt.backends.cpu import emit, epilogue
 from graphopt.backends.cpu.conv_pack import pack_conv2d
+from graphopt.backends.cpu.sparse_pack import pack_sparse
+from graphopt.backends.cpu.sparse_store import SparseStore
 from graphopt.backends.lower import convolution
 from tests.end_to_end.support import assert_bit_equal, compiled, quantized, reference, run
 
@@ -34,6 +37,21 @@ class Sensitive(nn.Module):
         return y
 
 
+class Residual(nn.Module):
+    """What sparse kernels compute: taps of several lines, and a sum of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(64, 64, 3, padding=1)
+        self.second = nn.Conv2d(64, 64, 3, padding=1)
+        self.last = nn.Conv2d(64, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        z: Tensor = self.last(torch.relu(self.second(y) + y))
+        return z
+
+
 class Ties(nn.Module):
     """Every odd level halved: each second result ends on .5."""
 
@@ -46,6 +64,16 @@ class Ties(nn.Module):
 
 def _sensitive() -> go.Program:
     return quantized(Sensitive().eval(), (_image(),))
+
+
+def _pruned() -> go.Program:
+    """Three 3 x 3 convolutions, the second one with a residual, with a twentieth of their 1 x 4 blocks."""
+    torch.manual_seed(0)
+    program = go.capture(Residual().eval(), (_wide_image(),))
+    prune = go.passes.Prune(
+        schedule=go.passes.PerLayer(0.95), granularity=go.passes.Block(inputs=4)
+    )
+    return go.passes.Quantize(calibration=[(_wide_image(),)])(prune(program))
 
 
 def _ties() -> go.Program:
@@ -93,6 +121,79 @@ def _swapped_axis(monkeypatch: pytest.MonkeyPatch) -> None:
         return pack_conv2d(workload, isa, swapped, *rest)
 
     monkeypatch.setattr(convolution, "pack_conv2d", fault)
+
+
+def _wide_image() -> Tensor:
+    return torch.rand((1, 64, 28, 28), generator=torch.Generator().manual_seed(0)) * 4 - 1
+
+
+def _in_packed(change: Callable[[list[Any]], None]) -> Fault:
+    """A fault in what ``pack_sparse`` returns: values, bias, multiplier, taps, starts."""
+
+    def install(monkeypatch: pytest.MonkeyPatch) -> None:
+        def fault(*arguments: Any) -> Any:
+            packed = pack_sparse(*arguments)
+            change(packed)
+            return packed
+
+        monkeypatch.setattr(convolution, "pack_sparse", fault)
+
+    return install
+
+
+def _dropped_block(packed: list[Any]) -> None:
+    packed[0][len(packed[0]) // 2] = 0
+
+
+def _dropped_last_block_of_a_row(packed: list[Any]) -> None:
+    row = int(np.argmax(np.diff(packed[4]) > 0))
+    packed[0][packed[4][row + 1] - 1] = 0
+
+
+def _swapped_channels(packed: list[Any]) -> None:
+    for array in packed[1:3]:
+        array[[0, 1]] = array[[1, 0]]
+
+
+def _off_by_one_tap(packed: list[Any]) -> None:
+    packed[3][len(packed[0]) // 2] += 1
+
+
+def _residual_of_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    residual = SparseStore._residual
+
+    def fault(self: Any, index: int, channel: int) -> Any:
+        return residual(self, index, 0)
+
+    monkeypatch.setattr(SparseStore, "_residual", fault)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _in_packed(_dropped_block),
+        _in_packed(_dropped_last_block_of_a_row),
+        _in_packed(_swapped_channels),
+        _in_packed(_off_by_one_tap),
+        _residual_of_one_channel,
+    ],
+    ids=["dropped block", "dropped last block", "swapped channels", "tap", "residual"],
+)
+def test_fault_in_sparse_code_is_found(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (_wide_image(),)
+    program = _pruned()
+    fault(monkeypatch)
+    broken = compiled(program, "avx2")
+    assert [kernel.form for kernel in broken.manifest.kernels].count("sparse") == 3
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_bit_equal(run(broken, inputs), reference(broken.program, inputs))
+
+
+def test_sparse_code_without_a_fault() -> None:
+    inputs = (_wide_image(),)
+    healthy = compiled(_pruned(), "avx2")
+    assert [kernel.form for kernel in healthy.manifest.kernels].count("sparse") == 3
+    assert_bit_equal(run(healthy, inputs), reference(healthy.program, inputs))
 
 
 @pytest.mark.parametrize(
