@@ -1,5 +1,7 @@
 """3 x 3 convolution by Winograd's F(4, 3): ``y = A^T [sum_i (G w_i G^T) * (B^T x_i B)] A``, 36 products for 16 outputs of 144.
 
+Where 4 does not divide the map, its last rows and columns are smaller tiles, F(1, 3) to F(3, 3), on the same weights.
+
 Integers stay exact: bytes become int16 pairs, weights int16, sums are taken modulo 2**32 and scaled back (see
 ``winograd_transform``), so that a tile costs half the time of the direct form and has its bits. Floats lose about
 two decimal digits of their 7.
@@ -8,9 +10,8 @@ two decimal digits of their 7.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import tvm
 from tvm import tirx
@@ -22,7 +23,7 @@ from graphopt.backends.cpu.conv_store import Place, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.surroundings import fill_surroundings
-from graphopt.backends.cpu.winograd_plan import plan_winograd
+from graphopt.backends.cpu.winograd_plan import Points, function_name, plan_winograd
 from graphopt.backends.cpu.winograd_transform import (
     BIAS_POINT,
     OUTPUT_SCALE,
@@ -37,26 +38,22 @@ from graphopt.backends.cpu.winograd_transform import (
 from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
 _LINE_BYTES = 64
+_EDGE = WINDOW - TILE  # inputs a side beyond the outputs
 
 
-def function_name(workload: Conv2d, isa: Isa, threads: int) -> str:
-    """``winograd_u8s8_56x56x64_64_<hash>``: legible, unique, blind to what does not shape the code."""
-    x = workload.x
-    kinds = "u8s8" if x.dtype == "uint8" else "f32"
-    shaping = dataclasses.replace(workload, x_zero_point=0, x=dataclasses.replace(x, fill=0))
-    digest = hashlib.sha256(f"{shaping!r} {isa.name} {threads}".encode()).hexdigest()[:8]
-    return f"winograd_{kinds}_{x.height}x{x.width}x{x.channels}_{workload.y.channels}_{digest}"
+def _pixel(pixels: list[Expr], pixel: Expr, _vector: int) -> Expr:
+    return pixels[pixel]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A tile: image, first output row and column, and the first of each that no earlier tile writes."""
+    """A tile of ``rows x columns`` outputs: its image, its first output row and column."""
 
     image: Expr
     row: Expr
     column: Expr
-    new_row: Expr
-    new_column: Expr
+    rows: int
+    columns: int
 
 
 class _Kernel:
@@ -69,11 +66,13 @@ class _Kernel:
         self.plan = plan_winograd(workload, isa, threads)
         self.integer = workload.x.dtype == "uint8"
         self.sum_dtype = "int32" if self.integer else "float32"
-        self.epilogue, self.late = workload.epilogue, None
         activation = workload.epilogue.activation
+        self.epilogue, self.late = workload.epilogue, None
         if activation is not None and activation.name in LONG:
-            self.late = activation
-            self.epilogue = dataclasses.replace(workload.epilogue, activation=None)
+            self.epilogue, self.late = (
+                dataclasses.replace(self.epilogue, activation=None),
+                activation,
+            )
 
     def build(self) -> tvm.tirx.PrimFunc:
         with emit.kernel(function_name(self.workload, self.isa, self.threads)) as builder:
@@ -114,45 +113,56 @@ class _Kernel:
         )
 
     def _tasks(self) -> None:
-        """Chunks of tiles x shares of the output channels: the loop that threads share."""
+        """Images x chunks of tiles x shares of the output channels: the loop that threads share."""
         plan = self.plan
-        every = self.batch * plan.image
-        chunks = emit.floor_div(every + (plan.chunk - 1), plan.chunk)
-        with emit.loop(chunks * plan.splits, parallel=self.threads > 1) as task:
-            chunk = emit.floor_div(task, plan.splits)
-            first = bind(emit.minimum(chunk * plan.chunk, every - plan.chunk))
+        with emit.loop(self.batch * (plan.chunks * plan.splits), self.threads > 1) as task:
+            chunk = bind(emit.floor_div(task, plan.splits))
+            image = bind(emit.floor_div(chunk, plan.chunks))
+            first: Expr = 0
+            if plan.chunks > 1:
+                start = emit.floor_mod(chunk, plan.chunks) * plan.chunk
+                first = bind(emit.minimum(start, plan.image - plan.chunk))
             # The buffers of a task: too large for registers or stack, TVM takes them from the thread's workspace.
             inputs = T.alloc_buffer((POINTS * plan.point_inputs,), self.sum_dtype, scope="global")
             products = T.alloc_buffer(
                 (plan.chunk * POINTS * plan.vectors * plan.lanes,), self.sum_dtype, scope="global"
             )
-            with emit.loop(plan.chunk) as tile:
-                self._transform_tile(inputs, tile, self._place(first + tile))
+            for tile, place in self._each_tile(image, first):
+                self._transform_tile(inputs, tile, place)
             share = bind(emit.floor_mod(task, plan.splits))
             low = emit.floor_div(share * plan.full_blocks, plan.splits)
             high = emit.floor_div((share + 1) * plan.full_blocks, plan.splits)
+            work = partial(self._block, inputs, products, image, first)
             if plan.full_blocks:
                 with T.serial(low, high) as block:
-                    self._block(inputs, products, block, plan.block_channels, first)
+                    work(block, plan.block_channels)
             if plan.tail_channels and plan.splits == 1:
-                self._block(inputs, products, plan.full_blocks, plan.tail_channels, first)
+                work(plan.full_blocks, plan.tail_channels)
             elif plan.tail_channels:
                 with T.If(share == plan.splits - 1), T.Then():
-                    self._block(inputs, products, plan.full_blocks, plan.tail_channels, first)
+                    work(plan.full_blocks, plan.tail_channels)
 
-    def _place(self, tile: Expr) -> _Place:
-        plan, y = self.plan, self.workload.y
-        tile = bind(tile)
-        image = bind(emit.floor_div(tile, plan.image))
-        inside = bind(tile - image * plan.image)
-        new_row = bind(emit.floor_div(inside, plan.tiles_wide) * TILE)
-        new_column = bind(emit.floor_mod(inside, plan.tiles_wide) * TILE)
-        row = bind(emit.minimum(new_row, y.height - TILE))
-        column = bind(emit.minimum(new_column, y.width - TILE))
-        return _Place(image, row, column, new_row, new_column)
+    def _in_chunk(self, first: Expr, low: int, high: int) -> tuple[Expr, Expr]:
+        """The part of an image's tiles ``low .. high`` that lies in the chunk from ``first`` on, counted from there."""
+        chunk = self.plan.chunk
+        if (low, high) == (0, self.plan.image):
+            return 0, chunk
+        if self.plan.chunks == 1:
+            return low, high
+        start = bind(emit.minimum(tirx.max(low - first, 0), chunk))
+        return start, bind(tirx.max(emit.minimum(high - first, chunk), start))
+
+    def _each_tile(self, image: Expr, first: Expr) -> Iterator[tuple[Expr, _Place]]:
+        """Inside a loop each: the tiles of a chunk of the same size, counted from its first, and their places."""
+        for tiles in self.plan.cut:
+            with T.serial(*self._in_chunk(first, tiles.first, tiles.end)) as tile:
+                inside = bind(first + tile - tiles.first)
+                row = bind(emit.floor_div(inside, tiles.wide) * TILE + tiles.top)
+                column = bind(emit.floor_mod(inside, tiles.wide) * TILE + tiles.left)
+                yield tile, _Place(image, row, column, tiles.rows, tiles.columns)
 
     def _transform_tile(self, inputs: Buffer, tile: Expr, place: _Place) -> None:
-        """``B^T d B`` of one tile, all channels: 36 values of each to the 36 matrices."""
+        """``B^T d B`` of one tile, all channels: a value of each to the matrix of every point."""
         plan, x = self.plan, self.workload.x
         top, left = self.workload.padding
         row, column = place.row + (x.top - top), place.column + (x.left - left)
@@ -163,18 +173,25 @@ class _Kernel:
         whole, rest = divmod(plan.in_channels, width)
         if whole:
             with emit.loop(whole) as vector:
-                self._transform_channels(inputs, start, target, bind(vector * width), width)
+                self._transform_channels(inputs, start, target, bind(vector * width), width, place)
         for first, size in emit.pieces(rest):
-            self._transform_channels(inputs, start, target, whole * width + first, size)
+            self._transform_channels(inputs, start, target, whole * width + first, size, place)
 
     def _transform_channels(
-        self, inputs: Buffer, start: Expr, target: Expr, channel: Expr, lanes: int
+        self,
+        inputs: Buffer,
+        start: Expr,
+        target: Expr,
+        channel: Expr,
+        lanes: int,
+        place: _Place,
     ) -> None:
         plan, x = self.plan, self.workload.x
+        high, wide = place.rows + _EDGE, place.columns + _EDGE
         columns = []
-        for s in range(WINDOW):
+        for s in range(wide):
             values = []
-            for r in range(WINDOW):
+            for r in range(high):
                 offset = (r * x.columns + s) * x.channel_stride
                 value = emit.load(self.x, start + channel + offset, lanes)
                 if self.integer:
@@ -183,7 +200,7 @@ class _Kernel:
             columns.append(transform_input(values))
         per_word = 2 if self.integer else 1
         words = lanes // per_word
-        for r in range(WINDOW):
+        for r in range(high):
             for s, value in enumerate(transform_input([column[r] for column in columns])):
                 if self.integer:
                     value = T.reinterpret(emit.vector("int32", words), value)
@@ -192,44 +209,77 @@ class _Kernel:
                 emit.store(inputs, target + offset + point, value)
 
     def _block(
-        self, inputs: Buffer, products: Buffer, block: Expr, channels: int, first: Expr
+        self, inputs: Buffer, products: Buffer, image: Expr, first: Expr, block: Expr, channels: int
     ) -> None:
         """One block of output channels of a chunk: the 36 matrix products, then every tile's transform back."""
         plan = self.plan
         vectors = -(-channels // plan.lanes)
         vector = bind(block * plan.vectors)
         weights = bind(vector * (POINTS * plan.steps * plan.lanes))
-        share = plan.steps // plan.calls
-        with emit.loop(POINTS) as point:
-            point_weights = bind(weights + point * (plan.steps * vectors * plan.lanes))
-            with emit.loop(plan.calls) as group:
-                tile = bind(emit.minimum(group * plan.tiles, plan.chunk - plan.tiles))
-                ahead = bind(point_weights + (plan.steps + group * share) * (vectors * plan.lanes))
-                source = bind(point * plan.point_inputs + tile * plan.steps)
-                target = bind((tile * POINTS + point) * (vectors * plan.lanes))
-                self._product(inputs, products, vectors, source, point_weights, target, ahead)
-        with emit.loop(plan.chunk) as tile:
-            place = self._place(first + tile)
+        for rows, parts in plan.point_rows:
+            with T.serial(*rows) as row:
+                for points in parts:
+                    with T.serial(points.column_start, points.column_stop) as column:
+                        point = bind(row * WINDOW + column)
+                        self._point(inputs, products, vectors, weights, point, points, first)
+        for tile, place in self._each_tile(image, first):
             source = bind(tile * (POINTS * vectors * plan.lanes))
             self._finish(products, vectors, channels, bind(vector * plan.lanes), source, place)
+
+    def _point(
+        self,
+        inputs: Buffer,
+        products: Buffer,
+        vectors: int,
+        weights: Expr,
+        point: Expr,
+        points: Points,
+        first: Expr,
+    ) -> None:
+        """The matrix product of one point, over the tiles of the chunk that have it."""
+        plan = self.plan
+        low, high = self._in_chunk(first, points.first, points.end)
+        calls = emit.floor_div(high - low + (points.tiles - 1), points.tiles)
+        most = -(-min(plan.chunk, points.end - points.first) // points.tiles)
+        share = plan.steps // most
+        point_weights = bind(weights + point * (plan.steps * vectors * plan.lanes))
+        with emit.loop(calls) as group:
+            # Less than a register tile is left at the end of a chunk: others' sums then are made, and never read.
+            last = emit.minimum(low + group * points.tiles, high - points.tiles)
+            tile = bind(last if isinstance(high, int) else tirx.max(last, 0))
+            ahead = bind(point_weights + (plan.steps + group * share) * (vectors * plan.lanes))
+            source = bind(point * plan.point_inputs + tile * plan.steps)
+            target = bind((tile * POINTS + point) * (vectors * plan.lanes))
+            self._product(
+                inputs,
+                products,
+                (points.tiles, vectors),
+                source,
+                point_weights,
+                target,
+                ahead,
+                most,
+            )
 
     def _product(
         self,
         inputs: Buffer,
         products: Buffer,
-        vectors: int,
+        shape: tuple[int, int],
         source: Expr,
         weights: Expr,
         target: Expr,
         ahead: Expr,
+        calls: int,
     ) -> None:
-        """``tiles x vectors`` sums over all input channels at one point.
+        """``tiles x vectors`` sums over all input channels at one point, one of ``calls``.
 
         On the way it fetches its share of the next point's weights, which come from L3: the hardware alone reached 12 GB/s.
         """
         plan, lanes = self.plan, self.plan.lanes
-        sums = emit.Accumulators(plan.tiles, vectors, self.sum_dtype, lanes)
-        for t in range(plan.tiles):
+        tiles, vectors = shape
+        sums = emit.Accumulators(tiles, vectors, self.sum_dtype, lanes)
+        for t in range(tiles):
             for v in range(vectors):
                 sums.set(t, v, emit.constant(self.sum_dtype, 0, lanes))
         with emit.loop(plan.steps) as k:
@@ -237,15 +287,15 @@ class _Kernel:
             columns = [bind(emit.load(self.weight, row + v * lanes, lanes)) for v in range(vectors)]
             if plan.streams:
                 line = _LINE_BYTES // 4
-                size = -(-vectors * lanes // plan.calls)
+                size = -(-vectors * lanes // calls)
                 for offset in range(0, size, line):
                     emit.prefetch(self.weight, ahead + k * size + offset)
-            for t in range(plan.tiles):
+            for t in range(tiles):
                 value = emit.load(inputs, source + k + t * plan.steps, 1)
                 value = bind(emit.broadcast(value, lanes))
                 for v, column in enumerate(columns):
                     sums.set(t, v, self._multiply_add(sums.get(t, v), value, column))
-        for t in range(plan.tiles):
+        for t in range(tiles):
             for v in range(vectors):
                 offset = target + (t * POINTS * vectors + v) * lanes
                 emit.store(products, offset, sums.get(t, v))
@@ -277,15 +327,16 @@ class _Kernel:
             with emit.loop(count) as i:
                 at = bind((first + i) * lanes)
                 here = bind(channel + at)
-                sums = self._sums(products, bind(source + at), vectors, here)
-                for row in range(TILE):
+                sums = self._sums(products, bind(source + at), vectors, here, place)
+                for row, pixels in enumerate(sums):
                     target = Place(
                         y_start + (at + row * self._pitch(workload.y)),
                         r_start + (at + row * self._pitch(workload.residual)),
                         here,
                         valid,
                     )
-                    self._store_row(sums[row], row, place, target)
+                    take = partial(_pixel, pixels)
+                    self.store.finish(take, 0, place.columns, target)
         if self.late is not None:
             self._activate(self.late, channels, y_start, place)
 
@@ -294,55 +345,36 @@ class _Kernel:
         """Elements from a row of pixels to the next."""
         return 0 if layout is None else layout.columns * layout.channel_stride
 
-    def _store_row(self, sums: list[Expr], row: int, place: _Place, target: Place) -> None:
-        """Epilogue and store of a tile's row: together, but for float pixels that an earlier tile may have written."""
-        if self.integer:
-            self.store.finish(lambda pixel, _: sums[pixel], 0, TILE, target)
-            return
-        for column in range(TILE):
-            with self._unless_written(place, row, column):
-                self.store.finish(lambda pixel, _: sums[pixel], column, 1, target)
-
     def _sums(
-        self, products: Buffer, source: Expr, vectors: int, channel: Expr
+        self, products: Buffer, source: Expr, vectors: int, channel: Expr, place: _Place
     ) -> list[list[Expr]]:
-        """The rows of 4 pixels of one vector of channels, bias included; integers ``OUTPUT_SCALE`` times too large."""
+        """The rows of pixels of one vector of channels, bias included; integers ``OUTPUT_SCALE`` times too large."""
         lanes = self.plan.lanes
         bias = bind(emit.load(self.bias, channel, lanes))
         rows = []
-        for r in range(WINDOW):
-            offsets = [(r * WINDOW + s) * vectors * lanes for s in range(WINDOW)]
-            values = [bind(emit.load(products, source + offset, lanes)) for offset in offsets]
+        for r in range(place.rows + _EDGE):
+            points = [r * WINDOW + s for s in range(place.columns + _EDGE)]
+            values = [
+                bind(emit.load(products, source + point * (vectors * lanes), lanes))
+                for point in points
+            ]
             if self.integer and r == BIAS_POINT:
                 values[BIAS_POINT] = bind(values[BIAS_POINT] + scaled_bias(bias, lanes))
             rows.append(transform_output(values, self.integer))
-        columns = [transform_output([row[j] for row in rows], self.integer) for j in range(TILE)]
-        pixels = [[columns[j][i] for j in range(TILE)] for i in range(TILE)]
+        columns = [
+            transform_output([row[j] for row in rows], self.integer) for j in range(place.columns)
+        ]
+        pixels = [[column[i] for column in columns] for i in range(place.rows)]
         if self.integer:
             return [[bind(descale(value, lanes)) for value in row] for row in pixels]
         return [[bind(value + bias) for value in row] for row in pixels]
-
-    @contextmanager
-    def _unless_written(self, place: _Place, i: Expr, j: Expr) -> Iterator[None]:
-        """Float pixels that an earlier tile writes too would differ in their last bits, and by the number of threads."""
-        y = self.workload.y
-        conditions = []
-        if y.height % TILE:
-            conditions.append(place.row + i >= place.new_row)
-        if y.width % TILE:
-            conditions.append(place.column + j >= place.new_column)
-        if self.integer or not conditions:
-            yield
-            return
-        with T.If(tirx.all(*conditions)), T.Then():
-            yield
 
     def _activate(
         self, activation: Activation, channels: int, y_start: Expr, place: _Place
     ) -> None:
         """A long activation, over the tile just stored: loops over its pixels in place of a copy for each."""
         y = self.workload.y
-        with emit.loop(TILE) as i, emit.loop(TILE) as j, self._unless_written(place, i, j):
+        with emit.loop(place.rows) as i, emit.loop(place.columns) as j:
             pixel = bind(y_start + (i * y.columns + j) * y.channel_stride)
             for start in range(0, channels, self.plan.lanes):
                 for first, lanes in emit.pieces(min(self.plan.lanes, channels - start)):

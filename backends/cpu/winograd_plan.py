@@ -1,20 +1,22 @@
-"""How a 3 x 3 convolution is cut for Winograd's F(4, 3), and when that is the faster way.
+"""How a 3 x 3 convolution is cut for Winograd's algorithm, and when that is the faster way.
 
-Tiles of 4 x 4 outputs, of all images in one line, are worked on in chunks. For each chunk: the input's transforms for all
-channels, then for each block of output channels 36 matrix products ``[tiles, in] x [in, out]`` and the transforms back.
-The last tile of a row or column, and the last chunk, overlap their neighbours.
+Tiles of 4 x 4 outputs, in the last rows and columns of a map what is left of them, are worked on in chunks of an image.
+For each chunk: the input's transforms for all channels, then for each block of output channels 36 matrix products
+``[tiles, in] x [in, out]`` and the transforms back. A smaller tile lacks some of the 36 points. The last chunk overlaps
+its neighbour.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
-from graphopt.backends.cpu.winograd_transform import LARGEST_SUM, POINTS, TILE
+from graphopt.backends.cpu.winograd_transform import LARGEST_SUM, POINTS, TILE, WINDOW
 from graphopt.backends.cpu.workload import Conv2d
 
 _MOST_VECTORS = 3  # wider blocks make the buffer of products outgrow L1 for nothing
@@ -37,11 +39,95 @@ _GAIN = 0.95  # of the direct form's time, above which the direct form stays
 
 
 @dataclass(frozen=True)
-class WinogradPlan:
-    """The cut of one convolution: ``steps`` products deep, ``tiles x vectors`` registers of sums.
+class Tiles:
+    """``high x wide`` tiles of ``rows x columns`` outputs from ``(top, left)`` on, the ``first`` in an image's line."""
 
-    ``streams``: the weights come from beyond L2. ``in_channels`` counts pad channels up to a whole step. ``chunk`` tiles share a buffer; ``splits`` is how many tasks share
-    a chunk's output channels, each of which transforms the input for itself.
+    first: int
+    high: int
+    wide: int
+    rows: int
+    columns: int
+    top: int
+    left: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last one."""
+        return self.first + self.high * self.wide
+
+    @property
+    def points(self) -> int:
+        """Products a tile."""
+        return (self.rows + WINDOW - TILE) * (self.columns + WINDOW - TILE)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of rows ``row_start .. row_stop`` and columns likewise, the tiles of an image that have them, and how many
+    of those share a register tile."""
+
+    row_start: int
+    row_stop: int
+    column_start: int
+    column_stop: int
+    first: int
+    end: int
+    tiles: int
+
+    @property
+    def count(self) -> int:
+        """Points."""
+        return (self.row_stop - self.row_start) * (self.column_stop - self.column_start)
+
+
+def cut_map(height: int, width: int) -> tuple[Tiles, ...]:
+    """The tiles of an image in their line: the right end, whole tiles, the lower end, the corner.
+
+    In this order the tiles that have a point lie side by side, for every point.
+    """
+    high, wide = height // TILE, width // TILE
+    lower, right = height % TILE, width % TILE
+    pieces = [
+        (high, 1, TILE, right, 0, wide * TILE),
+        (high, wide, TILE, TILE, 0, 0),
+        (1, wide, lower, TILE, high * TILE, 0),
+        (1, 1, lower, right, high * TILE, wide * TILE),
+    ]
+    cut, first = [], 0
+    for piece in pieces:
+        tiles = Tiles(first, *piece)
+        if tiles.rows and tiles.columns:
+            cut.append(tiles)
+            first = tiles.end
+    return tuple(cut)
+
+
+def _points(cut: tuple[Tiles, ...]) -> list[tuple[int, int, int, int, int, int]]:
+    """The fields of ``Points`` but for ``tiles``: the 36 points by the tiles that have them."""
+    edge = WINDOW - TILE
+    parts = []
+    for sides in ({t.rows for t in cut}, {t.columns for t in cut}):
+        least = min(sides) + edge
+        parts.append([(0, least), (least, WINDOW)] if least < WINDOW else [(0, WINDOW)])
+    found = []
+    for row_start, row_stop in parts[0]:
+        for column_start, column_stop in parts[1]:
+            having = [
+                t for t in cut if t.rows + edge > row_start and t.columns + edge > column_start
+            ]
+            found.append(
+                (row_start, row_stop, column_start, column_stop, having[0].first, having[-1].end)
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class WinogradPlan:
+    """The cut of one convolution: ``steps`` products deep, ``vectors`` registers of sums a tile.
+
+    ``streams``: the weights come from beyond L2. ``in_channels`` counts pad channels up to a whole step. ``chunk`` tiles
+    share a buffer, and ``chunks`` are an image; ``splits`` is how many tasks share a chunk's output channels, each of
+    which transforms the input for itself.
     """
 
     in_channels: int
@@ -49,17 +135,23 @@ class WinogradPlan:
     steps: int
     streams: bool
     lanes: int
-    tiles_high: int
-    tiles_wide: int
-    tiles: int
+    cut: tuple[Tiles, ...]
+    points: tuple[Points, ...]
     vectors: int
     chunk: int
+    chunks: int
     splits: int
 
     @property
     def image(self) -> int:
         """Tiles of one image."""
-        return self.tiles_high * self.tiles_wide
+        return self.cut[-1].end
+
+    @property
+    def point_rows(self) -> list[tuple[tuple[int, int], list[Points]]]:
+        """The points by their rows, so that each comes in the order of the weights, which stream."""
+        rows = dict.fromkeys((points.row_start, points.row_stop) for points in self.points)
+        return [(row, [p for p in self.points if p.row_start == row[0]]) for row in rows]
 
     @property
     def group_vectors(self) -> int:
@@ -80,11 +172,6 @@ class WinogradPlan:
     def tail_channels(self) -> int:
         """Output channels of the last, narrower block; 0 where there is none."""
         return self.out_channels % self.block_channels
-
-    @property
-    def calls(self) -> int:
-        """Register tiles that cover a chunk."""
-        return -(-self.chunk // self.tiles)
 
     @property
     def point_inputs(self) -> int:
@@ -120,6 +207,15 @@ def fits(workload: Conv2d) -> bool:
     )
 
 
+def function_name(workload: Conv2d, isa: Isa, threads: int) -> str:
+    """``winograd_u8s8_56x56x64_64_<hash>``: legible, unique, blind to what does not shape the code."""
+    x = workload.x
+    kinds = "u8s8" if x.dtype == "uint8" else "f32"
+    shaping = replace(workload, x_zero_point=0, x=replace(x, fill=0))
+    digest = hashlib.sha256(f"{shaping!r} {isa.name} {threads}".encode()).hexdigest()[:8]
+    return f"winograd_{kinds}_{x.height}x{x.width}x{x.channels}_{workload.y.channels}_{digest}"
+
+
 def sums_fit(weight: npt.NDArray[np.int8], bias: npt.NDArray[np.int32] | None = None) -> bool:
     """True where no sum of bytes times these int8 weights (OIHW), and bias, leaves the range in which it can be recovered.
 
@@ -141,28 +237,43 @@ def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: in
     return steps * step + tiles * vectors * _PRODUCT_CYCLES + _CALL_CYCLES
 
 
-def _register_tile(isa: Isa, integer: bool, line: int, vectors: int, steps: int) -> tuple[int, int]:
-    """The ``tiles x vectors`` of least estimated time that leave registers for a step's weights and a product."""
+def _most_tiles(isa: Isa, integer: bool, vectors: int) -> int:
+    """Tiles of a register tile, which leaves registers for a step's weights and a product."""
     free = isa.registers - 1 - (integer and not isa.dot_accumulates)
     weights = isa.pair_registers if integer else 1
-    fitting = [
-        (t, v)
-        for v in range(1, min(_MOST_VECTORS, vectors) + 1)
-        for t in range(1, line + 1)
-        if t * v + weights * v <= free
-    ]
-
-    def cycles(tile: tuple[int, int]) -> float:
-        calls = -(-line // tile[0]) * (vectors / tile[1])
-        return calls * _product_cycles(isa, integer, *tile, steps)
-
-    return min(fitting, key=cycles)
+    return (free - weights * vectors) // vectors
 
 
-def _chunk(
-    tiles: int, image: int, bytes_a_tile: int, weight_bytes: int, isa: Isa, threads: int
+def _register_tile(
+    isa: Isa, integer: bool, line: int, vectors: int, steps: int
+) -> tuple[float, int]:
+    """Estimated cycles of the matrix product of one point, ``line`` tiles long, and the tiles that share registers."""
+    return min(
+        (-(-line // tiles) * _product_cycles(isa, integer, tiles, vectors, steps), tiles)
+        for tiles in range(1, min(line, _most_tiles(isa, integer, vectors)) + 1)
+    )
+
+
+def _cut_points(
+    cut: tuple[Tiles, ...], chunk: int, isa: Isa, integer: bool, group_vectors: int, steps: int
+) -> tuple[float, int, tuple[Points, ...]]:
+    """Estimated cycles of a chunk's products, the vectors of a block, and the points: the cut of least time."""
+    options = []
+    for vectors in range(1, min(_MOST_VECTORS, group_vectors) + 1):
+        cycles, points = 0.0, []
+        for fields in _points(cut):
+            line = min(chunk, fields[-1] - fields[-2])
+            one, tiles = _register_tile(isa, integer, line, vectors, steps)
+            points.append(Points(*fields, tiles))
+            cycles += points[-1].count * one * group_vectors / vectors
+        options.append((cycles, vectors, tuple(points)))
+    return min(options, key=lambda option: option[0])
+
+
+def _chunks(
+    image: int, batch: int, bytes_a_tile: int, weight_bytes: int, isa: Isa, threads: int
 ) -> tuple[int, int]:
-    """Tiles of a chunk, and tasks a chunk, of ``tiles`` tiles in all; never more than an image, for any batch.
+    """Chunks of an image of ``image`` tiles, and tasks a chunk.
 
     Inputs and products of a chunk share L2 with the weights, where those fit at all.
     """
@@ -170,14 +281,14 @@ def _chunk(
     if weight_bytes < left:
         left = max(left - weight_bytes, left / 3)
     largest = max(1, int(left) // bytes_a_tile)
-    count = -(-tiles // min(largest, image))
-    if threads > 1 and count % threads and count < 4 * threads:
+    count = -(-image // min(largest, image))
+    tasks = batch * count
+    if threads > 1 and tasks % threads and tasks < 4 * threads:
         shared = -(-count // threads) * threads
-        if tiles // shared >= 8:
-            count = shared
-        else:
-            return -(-tiles // count), threads
-    return -(-tiles // count), 1
+        if image // shared < 8:
+            return count, threads
+        count = shared
+    return count, 1
 
 
 def plan_winograd(workload: Conv2d, isa: Isa, threads: int) -> WinogradPlan:
@@ -186,42 +297,46 @@ def plan_winograd(workload: Conv2d, isa: Isa, threads: int) -> WinogradPlan:
     integer = x.dtype == "uint8"
     in_channels = x.channels + (x.channels % 2 if integer else 0)
     steps = in_channels // 2 if integer else in_channels
-    high, wide = -(-y.height // TILE), -(-y.width // TILE)
-    image = high * wide
-    every = image * (x.batch or 1)
+    cut = cut_map(y.height, y.width)
+    image = cut[-1].end
     group_vectors = -(-y.channels // isa.lanes)
-    _, vectors = _register_tile(isa, integer, image, group_vectors, steps)
+    _, vectors, _ = _cut_points(cut, image, isa, integer, group_vectors, steps)
     bytes_a_tile = 4 * POINTS * (steps + vectors * isa.lanes)
     weight_bytes = 4 * POINTS * steps * group_vectors * isa.lanes
-    chunk, splits = _chunk(every, image, bytes_a_tile, weight_bytes, isa, threads)
-    tiles, vectors = _register_tile(isa, integer, chunk, group_vectors, steps)
+    chunks, splits = _chunks(image, x.batch or 1, bytes_a_tile, weight_bytes, isa, threads)
+    chunk = -(-image // chunks)
+    _, vectors, points = _cut_points(cut, chunk, isa, integer, group_vectors, steps)
     return WinogradPlan(
         in_channels=in_channels,
         out_channels=y.channels,
         steps=steps,
         streams=weight_bytes > isa.l2_bytes // 2,
         lanes=isa.lanes,
-        tiles_high=high,
-        tiles_wide=wide,
-        tiles=tiles,
+        cut=cut,
+        points=points,
         vectors=vectors,
         chunk=chunk,
+        chunks=-(-image // chunk),
         splits=splits,
     )
 
 
-def _cycles(plan: WinogradPlan, isa: Isa, integer: bool, every: int) -> float:
+def _cycles(plan: WinogradPlan, isa: Isa, integer: bool, batch: int) -> float:
     """Estimated cycles on one thread."""
     dtype = "uint8" if integer else "float32"
-    chunks = -(-every // plan.chunk)
-    one = _product_cycles(isa, integer, plan.tiles, plan.vectors, plan.steps)
-    calls = -(-plan.chunk // plan.tiles) * (plan.group_vectors / plan.vectors)
+    products = 0.0
+    for points in plan.points:
+        # of a map in chunks a point's tiles lie in some of them, the last register tile of each cut short
+        calls = -(-(points.end - points.first) // points.tiles)
+        one = _product_cycles(isa, integer, points.tiles, plan.vectors, plan.steps)
+        products += points.count * calls * one * plan.group_vectors / plan.vectors
     weight_bytes = 4 * plan.packed_weights
     rate = _L2_BYTES_A_CYCLE if weight_bytes < isa.l2_bytes // 2 else _L3_BYTES_A_CYCLE
-    arithmetic = chunks * max(POINTS * calls * one, weight_bytes / rate)
+    arithmetic = max(products, plan.chunks * weight_bytes / rate)
     wide = 2 * plan.lanes if integer else plan.lanes
-    inputs = every * math.ceil(plan.in_channels / wide) * _INPUT_CYCLES[dtype] * plan.splits
-    return arithmetic + inputs + every * plan.group_vectors * _OUTPUT_CYCLES[dtype]
+    whole = sum((t.end - t.first) * t.points for t in plan.cut) / POINTS
+    inputs = math.ceil(plan.in_channels / wide) * _INPUT_CYCLES[dtype] * plan.splits
+    return batch * (arithmetic + whole * (inputs + plan.group_vectors * _OUTPUT_CYCLES[dtype]))
 
 
 def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
@@ -240,8 +355,7 @@ def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
 def estimate(workload: Conv2d, isa: Isa, threads: int) -> float:
     """Estimated cycles on one thread of a convolution that ``fits``."""
     plan = plan_winograd(workload, isa, threads)
-    every = plan.image * (workload.x.batch or 1)
-    return _cycles(plan, isa, workload.x.dtype == "uint8", every)
+    return _cycles(plan, isa, workload.x.dtype == "uint8", workload.x.batch or 1)
 
 
 def is_faster(workload: Conv2d, isa: Isa, threads: int) -> bool:

@@ -29,7 +29,9 @@ RESIDUAL = Epilogue(requantize=REQUANTIZE, residual_add=RESIDUAL_ADD)
 
 SHAPES: dict[str, Conv2d] = {
     "whole tiles": conv_workload((64, 64), (8, 12)),
-    "overlapping tiles, margins": conv_workload((16, 88), (5, 7), y_margin=1, y_channel_stride=96),
+    "smaller tiles, margins": conv_workload((16, 88), (5, 7), y_margin=1, y_channel_stride=96),
+    "smaller tiles below": conv_workload((8, 20), (6, 8)),
+    "smaller tiles on the right": conv_workload((8, 20), (8, 7)),
     "one tile": conv_workload((4, 16), (4, 4)),
     "odd channels": conv_workload((5, 21), (6, 9), x_channel_stride=8, y_channel_stride=24),
     "no padding": conv_workload((8, 20), (7, 9), padding=(0, 0)),
@@ -39,6 +41,11 @@ SHAPES: dict[str, Conv2d] = {
     "batch of 3": conv_workload((8, 36), (7, 5), batch=3),
     "many blocks": conv_workload((8, 200), (4, 4)),
 }
+
+
+CHUNKS = conv_workload(
+    (64, 16), (41, 43)
+)  # of its 121 tiles 2 chunks, each with some of another size
 
 
 def _run(workload: Conv2d, row: Isa, data: Data, out: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -77,11 +84,42 @@ def test_equals_the_definition(name: str, row: Isa) -> None:
     _check_exact(SHAPES[name], row)
 
 
+def test_every_tile_has_every_point_of_its_size() -> None:
+    for height in range(4, 13):
+        for width in range(4, 13):
+            workload = conv_workload((8, 20), (height, width))
+            plan = plan_winograd(workload, ROWS[0], 1)
+            pairs = {
+                (tile, row, column)
+                for part in plan.points
+                for tile in range(part.first, part.end)
+                for row in range(part.row_start, part.row_stop)
+                for column in range(part.column_start, part.column_stop)
+            }
+            assert pairs == {
+                (tile, row, column)
+                for tiles in plan.cut
+                for tile in range(tiles.first, tiles.end)
+                for row in range(tiles.rows + 2)
+                for column in range(tiles.columns + 2)
+            }
+            assert sum((t.end - t.first) * t.rows * t.columns for t in plan.cut) == height * width
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_smaller_tiles_in_chunks(threads: int) -> None:
+    plan = plan_winograd(CHUNKS, ROWS[0], threads)
+    assert plan.chunks > 1
+    assert plan.chunk < plan.points[0].end - plan.points[0].first
+    _check_exact(CHUNKS, ROWS[0], threads)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("size", [8, 11])
 @pytest.mark.parametrize("signs", ["equal", "alternating"])
-def test_the_largest_values_do_not_overflow(row: Isa, signs: str) -> None:
+def test_the_largest_values_do_not_overflow(row: Isa, size: int, signs: str) -> None:
     """Bytes 0 and 255 and weights +-127 in the patterns that make transformed inputs and weights largest."""
-    workload = conv_workload((64, 20), (8, 8), epilogue=Epilogue())
+    workload = conv_workload((64, 20), (size, size), epilogue=Epilogue())
     data = random_data(workload)
     generator = np.random.default_rng(3)
     x = generator.integers(0, 2, data.x.shape) * 255
@@ -111,7 +149,7 @@ def test_sums_beyond_the_recoverable_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("name", ["overlapping tiles, margins", "batch of 3", "many blocks"])
+@pytest.mark.parametrize("name", ["smaller tiles, margins", "batch of 3", "many blocks"])
 def test_threads_share_the_work(name: str, threads: int) -> None:
     _check_exact(SHAPES[name], ROWS[0], threads)
     assert "T.parallel" in winograd(SHAPES[name], ROWS[0], threads).script()
@@ -126,7 +164,7 @@ def test_dynamic_batch(batch: int) -> None:
 
 FLOAT_SHAPES = {
     "whole tiles": conv_workload((48, 40), (8, 8), dtype="float32"),
-    "overlapping tiles, margins": conv_workload((7, 21), (5, 9), dtype="float32", y_margin=1),
+    "smaller tiles, margins": conv_workload((7, 21), (5, 9), dtype="float32", y_margin=1),
     "residual": conv_workload(
         (12, 33), (6, 6), dtype="float32", epilogue=Epilogue(float_residual=True)
     ),
@@ -151,7 +189,7 @@ def test_float_bits_do_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_activations(activation: str, dtype: str) -> None:
-    """Also where tiles overlap: a pixel must not be activated twice."""
+    """Also in smaller tiles: a pixel must be activated once."""
     epilogue = Epilogue(activation=Activation(activation))
     workload = conv_workload((8, 21), (6, 7), dtype=dtype, epilogue=epilogue)
     data = random_data(workload)
