@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphopt.contract import Contract, exact, lossy, within
     from graphopt.edit import Edit
     from graphopt.errors import Decline, GraphoptError
+    from graphopt.export import export_c
     from graphopt.frontend import capture
     from graphopt.passing import Pass, RewritePass
     from graphopt.pattern import const, var
@@ -58,6 +59,7 @@ _HOME = {
     "distill": "graphopt.train",
     "evaluate": "graphopt.train",
     "exact": "graphopt.contract",
+    "export_c": "graphopt.export",
     "fine_tune": "graphopt.train",
     "integerize": "graphopt.backends.integerize",
     "load": "graphopt.artifact",
@@ -94,6 +96,7 @@ __all__ = [
     "errors",
     "evaluate",
     "exact",
+    "export_c",
     "fine_tune",
     "integerize",
     "load",

@@ -59,6 +59,10 @@ class ArtifactError(GraphoptError):
     """A ``.gopt`` file is damaged, unsafe, or of another format version."""
 
 
+class ExportError(GraphoptError):
+    """A compiled model cannot be written as C; the message names the operator, or the folder."""
+
+
 class InputError(GraphoptError, ValueError):
     """A call's argument has the wrong arity, rank, shape or dtype."""
 

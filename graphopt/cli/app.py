@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from graphopt import __version__
-from graphopt.cli import bench, compile, compress, demo, inspect, passes, run, targets, tune
+from graphopt.cli import bench, compile, compress, demo, export, inspect, passes, run, targets, tune
 from graphopt.cli.console import fail
 from graphopt.cli.options import is_verbose
 from graphopt.errors import GraphoptError
@@ -71,5 +71,5 @@ def _root(
     """A compiler for compressed neural networks: PyTorch in, one small, fast file out."""
 
 
-for _command in (compress, compile, tune, run, bench, inspect, passes, targets, demo):
+for _command in (compress, compile, tune, run, bench, export, inspect, passes, targets, demo):
     app.command(_command.__name__.rpartition(".")[2])(_command.command)
