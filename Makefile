@@ -8,6 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 WORKERS ?= 2
 PYTEST_ARGS ?=
+CUDA_ARCH ?= sm_90
 BIN := $(VENV)/bin
 STAMPS := .stamps
 
@@ -63,11 +64,15 @@ bench: setup ## every kernel against the peak, whole models against peers; table
 	@for command in "kernels.py" "peers.py --threads 1,2" "peers.py --isa avx2 --models resnet50,mobilenet_v2" \
 			"peers.py --batch 8 --models resnet50,mobilenet_v2" "peers.py --dynamic --models resnet50,mobilenet_v2"; do \
 		echo "== $$command"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$command $(BENCH_ARGS); done
-	@for file in $(filter-out benchmarks/kernels.py benchmarks/peers.py benchmarks/recipes.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@for file in $(filter-out benchmarks/cuda_pack.py benchmarks/cuda_suite.py benchmarks/kernels.py benchmarks/peers.py benchmarks/recipes.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python "$$file"; done
+
+.PHONY: cuda-pack
+cuda-pack: setup ## cuda-pack/ for a GPU machine (CUDA_ARCH=sm_90): compiled models, their outputs, TVM's runtime; needs nvcc
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cuda_pack.py --arch $(CUDA_ARCH) --output cuda-pack
 
 .PHONY: clean
 clean: ## remove what the other targets made, the environment too
-	rm -rf $(STAMPS) $(VENV) build dist demo-out bench-out *.egg-info \
+	rm -rf $(STAMPS) $(VENV) build dist demo-out bench-out cuda-pack *.egg-info \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

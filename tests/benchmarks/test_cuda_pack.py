@@ -1,0 +1,130 @@
+"""The folder for a GPU machine: what the peer computes, what the suite says, that a bare interpreter can load a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphopt as go
+from graphopt.backends.cuda.toolkit import find_nvcc
+
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(name="pack")
+def _pack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(_BENCHMARKS)  # as when it is run
+    import cuda_pack  # type: ignore[import-not-found]
+
+    return cuda_pack  # type: ignore[no-any-return]
+
+
+@pytest.fixture(name="suite")
+def _suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(_BENCHMARKS)
+    import cuda_suite  # type: ignore[import-not-found]
+
+    return cuda_suite  # type: ignore[no-any-return]
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_the_peer_computes_what_the_program_does(pack: ModuleType) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    program = go.capture(_Net().eval(), (x,))
+    names: dict[str, Any] = {}
+    exec(pack.peer_source(program), names)
+    network = names["Network"]()
+    shapes = sorted(tuple(buffer.shape) for buffer in network.buffers())
+    assert shapes == [(4,), (4, 8), (8,), (8,), (8, 3, 3, 3), (8, 8, 1, 1)]
+    targets = [node.target for node in program.graph.nodes if node.op == "get_attr"]
+    for buffer, target in zip(network.buffers(), dict.fromkeys(targets), strict=True):
+        buffer.copy_(program.graph_module.state_dict()[target])
+    with torch.no_grad():
+        assert torch.equal(network(x)[0], program(x))
+
+
+def test_images_repeat(suite: ModuleType) -> None:
+    pixels = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1)
+    batch = suite.images(pixels, 5)
+    assert batch.dtype == np.float32
+    assert (batch[:, 0, 0, 0] * 128 + 127 == [0, 3, 0, 3, 0]).all()
+
+
+def test_verdicts(suite: ModuleType) -> None:
+    want = np.array([1.0, 2.0], np.float32)
+    assert suite.compare(want.copy(), want) == {"equal": True, "differing": 0, "largest": 0.0}
+    assert suite.compare(want[:1], want)["equal"] is False
+    near = suite.compare(np.array([1.0, 2.5], np.float32), want)
+    assert near == {"equal": False, "differing": 1, "largest": 0.5}
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(_BENCHMARKS / "cuda_suite.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "cuda_suite: PyTorch sees no NVIDIA GPU on this machine\n"
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_a_bare_interpreter_reads_a_model(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only NumPy and typing_extensions stand beside the folder: neither torch nor TVM's compiler."""
+    network = pack.NETWORKS["resnet18"]
+    small = type(network)("small", lambda: _Net(), lambda _: (torch.zeros(1, 3, 9, 9),))
+    monkeypatch.setattr(pack, "NETWORKS", {"small": small})
+    pack.make_case("small", 5, "sm_80", tmp_path / "cases" / "small")
+    pack.copy_runtime(tmp_path / "lib", [f"{sys.version_info.major}.{sys.version_info.minor}"])
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for module in ("numpy", "typing_extensions"):
+        origin = Path(str(__import__(module).__file__))
+        origin = origin.parent if origin.name == "__init__.py" else origin
+        for path in (origin, origin.with_name(f"{origin.name}.libs")):
+            if path.exists():
+                (beside / path.name).symlink_to(path)
+    code = f"""
+import json, lzma, pathlib, sys
+sys.path[:0] = [{str(tmp_path / "lib")!r}, {str(beside)!r}]
+from graphopt import artifact
+from graphopt.errors import TargetError
+folder = pathlib.Path({str(tmp_path / "cases" / "small")!r})
+model = folder / "model.gopt"
+model.write_bytes(lzma.decompress((folder / "model.gopt.xz").read_bytes()))
+manifest = artifact.read_manifest(model)
+try:
+    artifact.load(model)
+    said = ""
+except TargetError as error:
+    said = str(error)
+print(json.dumps([manifest.target, manifest.report["device"], said, [m for m in ("torch", "tvm") if m in sys.modules]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    target, device, said, imported = json.loads(done.stdout)
+    assert (target, device, imported) == ("sm_80", {"arch": "sm_80", "code": "cubin"}, [])
+    assert said.startswith("the model is compiled for a GPU and CUDA cannot be used here")
+    with np.load(tmp_path / "cases" / "small" / "expected.npz") as saved:
+        assert (saved["pixels"].shape, saved["y"].shape) == ((4, 3, 9, 9), (5, 4))
