@@ -231,9 +231,6 @@ def propagate(node: fx.Node, mode: FakeTensorMode) -> Any:
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     info = ops.info(node)
     with mode, torch.no_grad():
-        if info is not None and info.kind == "fake_quantize":
-            # torch has no fake form: slow, and none at all for symbolic sizes
-            return torch.empty_like(args[0])  # type: ignore[arg-type]
         if info is not None and info.kind == "pad" and _is_symbolic(args[0]):
             return _padded(args[0], ops.bind(node)["pad"])
         return node.target(*args, **kwargs)  # type: ignore[operator]

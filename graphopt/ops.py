@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import graphopt.fake_forms  # noqa: F401 - registers them
+
 aten = torch.ops.aten
 
 

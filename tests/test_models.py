@@ -21,6 +21,7 @@ from graphopt.models import (
     read_program,
     save_program,
 )
+from graphopt.passes import Quantize
 from graphopt.program import LayerChange, Record
 
 _numbers = itertools.count()
@@ -182,6 +183,20 @@ def test_program_survives_the_file(tmp_path: Path) -> None:
     wide = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(wide), program(wide))
     assert [p.name for p in tmp_path.iterdir()] == ["p.pt2"]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_quantized_program_of_an_open_batch_survives_the_file(
+    tmp_path: Path, per_channel: bool
+) -> None:
+    program = capture(Net().eval(), (torch.ones(2, 4),), dynamic_batch=(1, 8))
+    data = [torch.randn(2, 4, generator=torch.Generator().manual_seed(0))]
+    quantized = Quantize(calibration=data, per_channel=per_channel)(program)
+    save_program(quantized, tmp_path / "p.pt2")
+    again = read_program(str(tmp_path / "p.pt2"), trust=True)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again(x), quantized(x))
+    assert again.dynamic_batch == (1, 8)
 
 
 def test_file_of_plain_torch_is_read(tmp_path: Path) -> None:
