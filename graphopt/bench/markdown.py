@@ -47,7 +47,8 @@ def command_line(script: str) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--document", "--output"):
         parser.add_argument(option)
-    parser.add_argument("--fresh", action="store_true")
+    for flag in ("--fresh", "--compile"):
+        parser.add_argument(flag, action="store_true")
     _, kept = parser.parse_known_args(sys.argv[1:])
     return f"`{shlex.join(['python', script, *kept])}`"
 
