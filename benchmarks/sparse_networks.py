@@ -10,6 +10,7 @@ are kept in the output folder: an interrupted run goes on, ``--prepare`` only co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -62,13 +63,15 @@ class Case:
 
     def compiled(self, folder: Path) -> dict[str, Path]:
         """The file of each form, from the folder where it is there."""
-        paths = {form: folder / f"{self.key}-{form}.gopt" for form in FORMS}
-        if not all(path.exists() for path in paths.values()):
-            program = pruned(self.network, self.zeros)
-            go.compile(program, self.isa, threads=self.threads).save(paths["sparse"])
-            with mock.patch.object(emit, "choose_orders", return_value=Orders()):
-                go.compile(program, self.isa, threads=self.threads).save(paths["dense"])
-        return paths
+        return {form: self._compiled(form, folder / f"{self.key}-{form}.gopt") for form in FORMS}
+
+    def _compiled(self, form: str, path: Path) -> Path:
+        if path.exists():
+            return path
+        program = pruned(self.network, self.zeros)
+        dense = mock.patch.object(emit, "choose_orders", return_value=Orders())
+        with dense if form == "dense" else contextlib.nullcontext():
+            return go.compile(program, self.isa, threads=self.threads).save(path)
 
 
 def measure(case: Case, folder: Path, seconds: float) -> dict[str, Any]:

@@ -115,10 +115,13 @@ class _Kernel:
 
     def _flat_tile(self, image: Expr, tile: Expr, low: Expr, high: Expr) -> None:
         plan, x = self.plan, self.workload.x
-        vector = emit.minimum(tile * plan.wide, plan.vectors_wide - plan.wide)
-        pixel = bind(vector * plan.lanes)
+        pixel = bind(self._vector(tile) * plan.lanes)
         start = bind(image * (x.planes * x.plane_pixels) + pixel)
         self._tile(self.x, start, Tile(image, pixel), low, high)
+
+    def _vector(self, tile: Expr) -> Expr:
+        """The first vector of a tile of a map in line; the last tile overlaps its neighbour."""
+        return emit.minimum(tile * self.plan.wide, self.plan.vectors_wide - self.plan.wide)
 
     def _chunk(self, image: Expr, chunk: Expr, low: Expr, high: Expr) -> None:
         plan = self.plan
@@ -130,7 +133,9 @@ class _Kernel:
         with emit.loop(plan.chunk) as down, emit.loop(plan.tiles_wide) as across:
             line = bind(down * plan.high)
             column: Expr = 0
-            if plan.tiles_wide > 1:
+            if plan.in_line:
+                column = bind(self._vector(across) * plan.lanes)
+            elif plan.tiles_wide > 1:
                 step = plan.wide * plan.lanes
                 column = bind(emit.minimum(across * step, plan.width - step))
             start = bind(line * plan.row_pitch + column)

@@ -19,6 +19,7 @@ class Gather:
         self.x = x
         self.gathered = gathered
         self.group = plan.workload.x.group
+        self.width = plan.workload.y.width
         self.dtype = plan.workload.x.dtype
 
     def chunk(self, image: Expr, first_line: Expr) -> None:
@@ -28,14 +29,19 @@ class Gather:
         top = plan.workload.padding[0]
         with emit.loop(x.planes) as plane:
             source = bind((image * x.planes + plane) * x.plane_pixels)
+            if plan.in_line:
+                with emit.loop(plan.gathered_lines) as line:
+                    self._columns(
+                        source, line * stride, 0, plane, bind(line * plan.workload.y.width)
+                    )
+                return
             for phase in plan.phases:
                 for part in range(plan.lines):
                     with emit.loop(plan.gathered_rows) as row:
                         line = first_line + part * plan.chunk_rows + row
                         offset = bind(row * plan.row_pitch + part * plan.pitch)
-                        self._columns(
-                            source, bind(line * stride + (phase - top)), phase, plane, offset
-                        )
+                        start = bind(line * stride + (phase - top))
+                        self._columns(source, start, phase, plane, offset)
 
     def _columns(self, source: Expr, row: Expr, phase: int, plane: Expr, offset: Expr) -> None:
         """An input row, or the padding's value, in the maps of all tap columns."""
@@ -48,7 +54,7 @@ class Gather:
             with T.Else():
                 for column in range(plan.workload.kernel[1]):
                     target = bind(self._target(column, phase, plane) + offset)
-                    self._fill(target, plan.width)
+                    self._fill(target, self.width)
 
     def _target(self, column: int, phase: int, plane: Expr) -> Expr:
         return (plane + self.plan.map_of(column, phase)) * self.plan.map_pixels
@@ -60,10 +66,10 @@ class Gather:
         stride, width = workload.stride[1], workload.x.width
         shift = column * workload.dilation[1] - workload.padding[1]
         first = max(0, -(shift // stride))  # the first q that is not left of the map
-        last = min(plan.width, (width - 1 - shift) // stride + 1)
+        last = min(self.width, (width - 1 - shift) // stride + 1)
         target = bind(target)
         if last <= first:
-            self._fill(target, plan.width)
+            self._fill(target, self.width)
             return
         self._fill(target, first)
         start = bind(start + (first * stride + shift))
@@ -73,7 +79,7 @@ class Gather:
             emit.store(self.gathered, (target + first + q) * self.group, value)
 
         sweep(last - first, plan.lanes, copy)
-        self._fill(target + last, plan.width - last)
+        self._fill(target + last, self.width - last)
 
     def _load(self, start: Expr, lanes: int, stride: int) -> Expr:
         """``lanes`` pixels, ``stride`` apart."""

@@ -21,7 +21,7 @@ from graphopt.backends.cpu.workload import PLANE_PIXELS, Conv2d
 
 _LEAST_LANES = 8  # SSE4's dot products gain nothing
 _MOST_VECTORS = {
-    16: 6,
+    16: 7,
     32: 8,
 }  # by registers: beside a tile stand the half-packed sums of another channel
 _WIDEST_OFFSET = 1 << 16
@@ -30,6 +30,7 @@ _L2_LOAD_CYCLES = 1.0
 _STREAM_CYCLES = 1.0  # a line of a tile's input, when it is first read
 _L1_SHARE = 1.4  # of the row's L1, which is what its smallest processor has: rows go to and fro, so that some is kept
 _LATENCY = 2.9  # of a step
+_SPREAD_CYCLES = 2.0  # a block's own weights, where they become words or halves
 _MOST_PARTS = 12
 _LEAST_PLANES = 16  # of a part
 _WAIT_CYCLES = 2.3  # a vector of sums stored and loaded again
@@ -60,6 +61,8 @@ class SparseChoice:
 class SparsePlan:
     """The cut of one sparse convolution; offsets and sizes in pixels of 32 bits.
 
+    ``flat``: the input is read where it is. Where a window is one pixel all pixels are one line (``in_line``).
+
     A vector holds ``lines`` output lines of ``pitch`` pixels each, or a part of one (``lines`` 1). They are ``chunk_rows`` apart,
     so that the vector that a tap reads is a gathered one, too: ``row_pitch`` pixels from a row of vectors to the next. ``phases`` are the input
     rows modulo the stride that some tap reads. ``parts``: a tile's sums over a part of the input planes wait in memory for
@@ -75,15 +78,20 @@ class SparsePlan:
     parts: int = 1
 
     @property
+    def in_line(self) -> bool:
+        """True where the whole map is worked on as one line."""
+        return _is_in_line(self.workload)
+
+    @property
     def width(self) -> int:
         """Pixels of an output line."""
         y = self.workload.y
-        return y.height * y.width if self.flat else y.width
+        return y.height * y.width if self.in_line else y.width
 
     @property
     def height(self) -> int:
         """Output lines."""
-        return 1 if self.flat else self.workload.y.height
+        return 1 if self.in_line else self.workload.y.height
 
     @cached_property
     def pitch(self) -> int:
@@ -93,7 +101,7 @@ class SparsePlan:
     @property
     def lines(self) -> int:
         """Output lines of a vector."""
-        return 1 if self.flat else max(1, self.lanes // self.pitch)
+        return 1 if self.in_line else max(1, self.lanes // self.pitch)
 
     @property
     def vectors_wide(self) -> int:
@@ -141,6 +149,11 @@ class SparsePlan:
         """Rows of vectors of a gathered map."""
         stride, dilation = self.workload.stride[0], self.workload.dilation[0]
         return self.chunk_rows + (self.workload.kernel[0] - 1) * dilation // stride
+
+    @property
+    def gathered_lines(self) -> int:
+        """Lines that are copied to a gathered map."""
+        return self.workload.y.height if self.in_line else self.gathered_rows * self.lines
 
     @cached_property
     def map_pixels(self) -> int:
@@ -197,8 +210,12 @@ def _pitch(width: int, lanes: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
+def _is_in_line(workload: Conv2d) -> bool:
+    return (workload.kernel, workload.padding) == ((1, 1), (0, 0))
+
+
 def _is_flat(workload: Conv2d) -> bool:
-    return (workload.kernel, workload.stride, workload.padding) == ((1, 1), (1, 1), (0, 0))
+    return _is_in_line(workload) and workload.stride == (1, 1)
 
 
 def fits(workload: Conv2d, isa: Isa) -> str | None:
@@ -221,7 +238,7 @@ def fits(workload: Conv2d, isa: Isa) -> str | None:
 def _candidates(workload: Conv2d, isa: Isa) -> Iterator[SparseChoice]:
     most = _MOST_VECTORS[isa.registers]
     y = workload.y
-    if _is_flat(workload):
+    if _is_in_line(workload):
         vectors = -(-y.height * y.width // isa.lanes)
         yield from (SparseChoice(1, wide) for wide in range(1, min(most, vectors) + 1))
         return
@@ -265,7 +282,8 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     load = hit * _LOAD_CYCLES + (1 - hit) * _L2_LOAD_CYCLES
     pages = x.planes * maps / plan.parts * min(1.0, 4 * plan.map_pixels / _PAGE_BYTES)
     load += _PAGE_CYCLES * (1 - min(1.0, _PAGES / pages))
-    step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES)
+    spread = 0.0 if isa.form == "dot" or x.dtype == "float32" else _SPREAD_CYCLES
+    step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES + spread)
     blocks = density * x.planes * kh * workload.kernel[1]
     epilogue = _EPILOGUE_CYCLES if workload.residual is None else _RESIDUAL_CYCLES
     row = blocks * step + plan.parts * _ROW_CYCLES + vectors * epilogue
@@ -275,8 +293,8 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     tiles = plan.chunks * plan.chunk * plan.tiles_wide
     cycles = tiles * (plan.rows * row + tile_bytes / _LINE_BYTES * _STREAM_CYCLES)
     if not plan.flat:
-        line = plan.vectors_wide * _GATHER_CYCLES + _GATHER_LINE_CYCLES
-        cycles += plan.chunks * plan.maps * x.planes * plan.gathered_rows * plan.lines * line
+        line = -(-workload.y.width // plan.lanes) * _GATHER_CYCLES + _GATHER_LINE_CYCLES
+        cycles += plan.chunks * plan.maps * x.planes * plan.gathered_lines * line
     return cycles
 
 

@@ -155,7 +155,7 @@ class SparseStore:
     def _valid(self, index: int, part: int) -> int:
         """Pixels that are in the map, of a vector's line."""
         plan = self.plan
-        if plan.flat or plan.tiles_wide > 1:
+        if plan.in_line or plan.tiles_wide > 1:
             return plan.lanes
         if plan.lines == 1:
             return min(plan.lanes, plan.width - index % plan.wide * plan.lanes)
