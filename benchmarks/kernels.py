@@ -28,6 +28,7 @@ from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.peak import measure_peak
 from graphopt.backends.isas import ISAS
 from graphopt.backends.lower.emit import Lowered, emit
+from graphopt.backends.lower.one_tensor import ONE_TENSOR
 from graphopt.backends.lower.plan import make_plan
 from graphopt.backends.lower.step import Context
 from graphopt.backends.targets import resolve
@@ -125,7 +126,11 @@ def lower(network: str, dtype: str, isa: Isa) -> Lowered:
 def layers(network: str, lowered: Lowered) -> Iterator[Layer]:
     """The calls that are convolutions or linear layers, in order of execution."""
     target = torch.ops.graphopt.call_kernel.default
-    nodes = [node for node in lowered.module.graph.nodes if node.target == target]
+    nodes = [
+        node
+        for node in lowered.module.graph.nodes
+        if node.target == target and node.args[1] != ONE_TENSOR
+    ]
     for node, call in zip(nodes, lowered.calls, strict=True):
         if not any(name in call.operator for name in _COUNTED) or not call.macs:
             continue

@@ -38,17 +38,39 @@ class _Net(nn.Module):
         return x
 
 
+class _Concat(nn.Module):
+    """Two convolutions that write one tensor, and one that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        self.both = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.relu(self.left(x)), torch.relu(self.right(x))]
+        return self.both(torch.cat(parts, dim=1))
+
+
 @pytest.fixture(autouse=True)
 def networks(monkeypatch: pytest.MonkeyPatch) -> None:
     def inputs(batch: int) -> tuple[torch.Tensor, ...]:
         return (torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 
-    table = {"small": Network("Small", _Net, inputs)}
+    table = {
+        "small": Network("Small", _Net, inputs),
+        "concat": Network("Concat", _Concat, inputs),
+    }
     monkeypatch.setattr(kernels, "NETWORKS", MappingProxyType(table))
 
 
-def _layers(dtype: str) -> list[Layer]:
-    return list(kernels.layers("small", kernels.lower("small", dtype, _ISA)))
+def _layers(dtype: str, network: str = "small") -> list[Layer]:
+    return list(kernels.layers(network, kernels.lower(network, dtype, _ISA)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_a_tensor_written_by_two_layers_is_no_kernel(dtype: str) -> None:
+    names = [layer.layer.partition(",")[0] for layer in _layers(dtype, "concat")]
+    assert names == ["left", "right", "both"]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
