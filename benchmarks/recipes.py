@@ -232,13 +232,13 @@ ROWS: Mapping[str, Row] = {
         _pass(lambda b: passes.InceptionFactorize(calibration=b.calibration)),
     ),
     "prune-element": Row(
-        "prune: elements, 90 %",
+        "prune: elements, 90 %, gradually",
         _pass(_ELEMENTS),
         distill(prune=_ELEMENTS),
         Goal(0.5, parameters=0.1),
     ),
     "prune-block": Row(
-        "prune: 1x4 blocks, 80 %",
+        "prune: 1x4 blocks, 80 %, gradually",
         _pass(_BLOCKS),
         distill(prune=_BLOCKS),
         Goal(0.5, parameters=0.2),
