@@ -13,13 +13,15 @@ from graphopt.backends.cpu.isa import Isa
 
 _TRIPLE = "aarch64-linux-gnu"
 _BASE = ("asimd",)
+# Scheduled for a core that reorders: what LLVM does for one that does not, loads early, spills.
+_MATTR = ("+neon", "-aes", "-crc", "-sha2")
 _KIB = 1024
 
 NEON = Isa(
     name="neon",
     mtriple=_TRIPLE,
-    mcpu="generic",
-    mattr=("+neon",),
+    mcpu="cortex-a72",
+    mattr=_MATTR,
     features=_BASE,
     lanes=4,
     registers=32,
@@ -41,7 +43,7 @@ NEON = Isa(
 DOTPROD = replace(
     NEON,
     name="neon-dotprod",
-    mattr=("+neon", "+dotprod"),
+    mattr=(*_MATTR, "+dotprod"),
     features=(*_BASE, "asimddp"),
     dot_intrinsic="llvm.aarch64.neon.sdot",
     form="dot",
@@ -52,7 +54,7 @@ DOTPROD = replace(
 I8MM = replace(
     DOTPROD,
     name="neon-i8mm",
-    mattr=("+neon", "+dotprod", "+i8mm"),
+    mattr=(*_MATTR, "+dotprod", "+i8mm"),
     features=(*_BASE, "asimddp", "i8mm"),
     dot_intrinsic="llvm.aarch64.neon.usdot",
     flips=(0, 0, 0, 0),
@@ -66,18 +68,19 @@ ISAS: dict[str, Isa] = {
         I8MM,
         # Android keeps a register for itself.
         replace(NEON, name="android-arm64", mtriple="aarch64-linux-android"),
+        replace(NEON, name="raspberry-pi-4", l2_bytes=1024 * _KIB),
         replace(
-            NEON,
-            name="raspberry-pi-4",
-            mcpu="cortex-a72",
-            mattr=("+neon", "-aes", "-sha2"),
-            l2_bytes=1024 * _KIB,
+            DOTPROD,
+            name="raspberry-pi-5",
+            mcpu="cortex-a76",
+            mattr=("+neon", "+dotprod"),
+            l1_bytes=64 * _KIB,
         ),
-        replace(DOTPROD, name="raspberry-pi-5", mcpu="cortex-a76", l1_bytes=64 * _KIB),
         replace(
             DOTPROD,
             name="graviton2",
             mcpu="neoverse-n1",
+            mattr=("+neon", "+dotprod"),
             l1_bytes=64 * _KIB,
             l2_bytes=1024 * _KIB,
         ),
@@ -85,7 +88,7 @@ ISAS: dict[str, Isa] = {
             I8MM,
             name="graviton3",
             mcpu="neoverse-v1",
-            mattr=(*I8MM.mattr, "-sve"),
+            mattr=("+neon", "+dotprod", "+i8mm", "-sve"),
             l1_bytes=64 * _KIB,
             l2_bytes=1024 * _KIB,
         ),
@@ -93,6 +96,7 @@ ISAS: dict[str, Isa] = {
             DOTPROD,
             name="apple-m1",
             mcpu="apple-m1",
+            mattr=("+neon", "+dotprod"),
             l1_bytes=128 * _KIB,
             l2_bytes=4096 * _KIB,
         ),

@@ -9,7 +9,14 @@ import tvm
 
 INT8_STEP = 4  # input channels an int8 step takes: one 32-bit broadcast of activations
 _FORMS = {"dot": 4, "pairs": 2, "long": 4}  # channels that one sum of products takes
-_LONG_SPARE = 3  # two halves of a spread pixel, a product
+_PAIRED = (
+    1,
+    2,
+    4,
+    6,
+    8,
+)  # two vectors are one load on ARM: odd numbers pair those of two steps, and spill
+_LONG_WEIGHTS = 4  # registers a vector: two halves of two steps, which LLVM loads early. With 2 of them tiles spill
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,11 @@ class Isa:
         if not self.by_element:
             free -= weights
         elif integer:
-            free -= any(self.flips) + (_LONG_SPARE if self.form == "long" else 0)
-        if integer and self.form == "long":
-            weights = 2
+            free -= any(self.flips) + (self.form == "long")
+            weights = _LONG_WEIGHTS if self.form == "long" else 1
         return tuple(
             (pixels, vectors)
-            for vectors in range(1, 9)
+            for vectors in (_PAIRED if self.by_element else range(1, 9))
             for pixels in range(1, free // vectors)
             if pixels * (vectors + held) + weights * vectors <= free
         )

@@ -24,6 +24,7 @@ from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.surroundings import fill_surroundings
 from graphopt.backends.cpu.winograd_plan import Points, function_name, plan_winograd
+from graphopt.backends.cpu.winograd_product import Product
 from graphopt.backends.cpu.winograd_transform import (
     BIAS_POINT,
     OUTPUT_SCALE,
@@ -37,7 +38,6 @@ from graphopt.backends.cpu.winograd_transform import (
 )
 from graphopt.backends.cpu.workload import Activation, Conv2d, Layout
 
-_LINE_BYTES = 64
 _EDGE = WINDOW - TILE  # inputs a side beyond the outputs
 
 
@@ -250,60 +250,8 @@ class _Kernel:
             ahead = bind(point_weights + (plan.steps + group * share) * (vectors * plan.lanes))
             source = bind(point * plan.point_inputs + tile * plan.steps)
             target = bind((tile * POINTS + point) * (vectors * plan.lanes))
-            self._product(
-                inputs,
-                products,
-                (points.tiles, vectors),
-                source,
-                point_weights,
-                target,
-                ahead,
-                most,
-            )
-
-    def _product(
-        self,
-        inputs: Buffer,
-        products: Buffer,
-        shape: tuple[int, int],
-        source: Expr,
-        weights: Expr,
-        target: Expr,
-        ahead: Expr,
-        calls: int,
-    ) -> None:
-        """``tiles x vectors`` sums over all input channels at one point, one of ``calls``.
-
-        On the way it fetches its share of the next point's weights, which come from L3: the hardware alone reached 12 GB/s.
-        """
-        plan, lanes = self.plan, self.plan.lanes
-        tiles, vectors = shape
-        sums = emit.Accumulators(tiles, vectors, self.sum_dtype, lanes)
-        for t in range(tiles):
-            for v in range(vectors):
-                sums.set(t, v, emit.constant(self.sum_dtype, 0, lanes))
-        with emit.loop(plan.steps) as k:
-            row = bind(weights + k * (vectors * lanes))
-            columns = [bind(emit.load(self.weight, row + v * lanes, lanes)) for v in range(vectors)]
-            if plan.streams:
-                line = _LINE_BYTES // 4
-                size = -(-vectors * lanes // calls)
-                for offset in range(0, size, line):
-                    emit.prefetch(self.weight, ahead + k * size + offset)
-            for t in range(tiles):
-                value = emit.load(inputs, source + k + t * plan.steps, 1)
-                value = bind(emit.broadcast(value, lanes))
-                for v, column in enumerate(columns):
-                    sums.set(t, v, self._multiply_add(sums.get(t, v), value, column))
-        for t in range(tiles):
-            for v in range(vectors):
-                offset = target + (t * POINTS * vectors + v) * lanes
-                emit.store(products, offset, sums.get(t, v))
-
-    def _multiply_add(self, total: Expr, x: Expr, weight: Expr) -> Expr:
-        if self.integer:
-            return emit.dot_pairs(self.isa, total, x, weight)
-        return emit.multiply_add(self.isa, x, weight, total)
+            product = Product(plan, self.isa, self.weight, inputs, products)
+            product.emit((points.tiles, vectors), source, point_weights, target, ahead, most)
 
     def _finish(
         self,

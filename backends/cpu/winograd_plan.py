@@ -232,7 +232,8 @@ def sums_fit(weight: npt.NDArray[np.int8], bias: npt.NDArray[np.int32] | None = 
 def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: int) -> float:
     """Estimated cycles of one register tile of one of the 36 matrix products."""
     products = isa.pair_instructions if integer else 1
-    step = max(tiles * vectors * products / 2, (tiles + vectors) * _LOAD_CYCLES, _LATENCY)
+    loads = tiles / isa.steps_a_load + vectors
+    step = max(tiles * vectors * products / 2, loads * _LOAD_CYCLES, _LATENCY)
     step += _LOOP_CYCLES
     return steps * step + tiles * vectors * _PRODUCT_CYCLES + _CALL_CYCLES
 
@@ -241,7 +242,7 @@ def _most_tiles(isa: Isa, integer: bool, vectors: int) -> int:
     """Tiles of a register tile, which leaves registers for a step's weights and a product."""
     free = isa.registers - 1 - (integer and not isa.dot_accumulates)
     weights = isa.pair_registers if integer else 1
-    return (free - weights * vectors) // vectors
+    return (free - weights * vectors) // (vectors + isa.by_element)
 
 
 def _register_tile(

@@ -194,7 +194,7 @@ def _sparse(
     if multiplier is not None:
         workload = rounds_in_range(workload, weight, bias, multiplier)
     function = sparse(workload, isa, context.threads)
-    packed = pack_sparse(plan_sparse(workload, isa), weight, bias, multiplier)
+    packed = pack_sparse(plan_sparse(workload, isa), weight, bias, multiplier, isa.flips)
     return Kernel(_name(function), function, tuple(packed), workload.macs, form="sparse")
 
 
