@@ -33,11 +33,21 @@ class Small(nn.Module):
         self.point = nn.Conv2d(32, 32, 1)
         self.head = nn.Linear(32, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
         y = torch.relu(self.deep(torch.relu(self.wide(x))))
-        pooled = (x + self.point(y)).mean((2, 3))
-        return torch.softmax(self.head(pooled), 1)
+        result: Tensor = self.head((x + self.point(y)).mean((2, 3)))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.logits(x), 1)
+
+
+class Logits(Small):
+    """Without the softmax: integers from the first quantize to the last dequantize."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
 
 
 class Several(nn.Module):

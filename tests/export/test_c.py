@@ -22,15 +22,6 @@ from tests.export.support import Several, Small, build, compiled, example, expor
 
 
 @pytest.fixture(scope="module")
-def integer() -> Artifact:
-    """In int8, and any batch of 1 to 4 images: one by one."""
-    x = example(2, 3, 32, 32)
-    artifact = compiled(seeded(Small), (x,), integer=True, batch=(1, 4), threads=2)
-    assert artifact.manifest.image_by_image or artifact.manifest.line.refused
-    return artifact
-
-
-@pytest.fixture(scope="module")
 def single() -> Artifact:
     return compiled(seeded(Small), (example(1, 3, 32, 32),), integer=True, threads=2)
 

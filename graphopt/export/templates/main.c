@@ -87,7 +87,7 @@ int main(int count, char **values) {
     }
     options.weights_path = values[at++];
 
-    @name@ *model;
+    @name@_model *model;
     check(@name@_create(&model, &options));
 
     @name@_input inputs[INPUTS];

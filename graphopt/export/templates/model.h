@@ -80,21 +80,21 @@ typedef struct @name@_output {
     size_t size; /* bytes */
 } @name@_output;
 
-typedef struct @name@ @name@;
+typedef struct @name@_model @name@_model;
 
 /* The description of this network; it needs no instance, and is never freed. */
 @NAME@_API const @name@_description *@name@_query(void);
 
 /* Make an instance: check the CPU and the weights, allocate all memory, start threads. *model is NULL after an error. */
-@NAME@_API @name@_status @name@_create(@name@ **model, const @name@_options *options);
+@NAME@_API @name@_status @name@_create(@name@_model **model, const @name@_options *options);
 
 /* Run the network once, in the order of query()->inputs and outputs. Allocates nothing. Outputs may not overlap inputs;
  * they are undefined after an error. For a batch of n, sizes are n / largest_batch of those in the description. */
-@NAME@_API @name@_status @name@_run(@name@ *model, const @name@_input *inputs, size_t input_count,
+@NAME@_API @name@_status @name@_run(@name@_model *model, const @name@_input *inputs, size_t input_count,
                                     const @name@_output *outputs, size_t output_count);
 
 /* Stop the threads and free what create allocated. NULL is allowed. */
-@NAME@_API void @name@_destroy(@name@ *model);
+@NAME@_API void @name@_destroy(@name@_model *model);
 
 #ifdef __cplusplus
 }

@@ -1,10 +1,10 @@
 /* ---- The four functions. ---- */
 
-static void place_tensor(@name@ *model, size_t number) {
+static void place_tensor(@name@_model *model, size_t number) {
     model->tensors[number].data = model->bases[TENSORS[number].base] + TENSORS[number].offset;
 }
 
-static void fill_tables(@name@ *model) {
+static void fill_tables(@name@_model *model) {
     for (size_t i = 0; i < TENSOR_COUNT; i++) {
         const tensor_row *row = &TENSORS[i];
         dl_tensor *tensor = &model->tensors[i];
@@ -24,7 +24,7 @@ static void fill_tables(@name@ *model) {
     }
 }
 
-static @name@_status call_all(@name@ *model, const call_row *calls, size_t count) {
+static @name@_status call_all(@name@_model *model, const call_row *calls, size_t count) {
     @name@_status status = @NAME@_OK;
     enter(model);
     for (size_t i = 0; i < count && status == @NAME@_OK; i++) {
@@ -88,7 +88,7 @@ static @name@_status check_run(const @name@_input *inputs, const @name@_output *
 }
 
 /* Let the tensors of an input be one image of the caller's data: in place where it lies well, else copied. */
-static void take_input(@name@ *model, size_t number, const unsigned char *data) {
+static void take_input(@name@_model *model, size_t number, const unsigned char *data) {
     const input_row *row = &INPUTS[number];
     if (row->alignment > row->element && (uintptr_t)data % row->alignment != 0) {
         unsigned char *copy = model->bases[ARENA] + row->copy;
@@ -98,7 +98,7 @@ static void take_input(@name@ *model, size_t number, const unsigned char *data) 
     model->bases[FIRST_INPUT + number] = (unsigned char *)(uintptr_t)data; /* kernels only read it */
 }
 
-static @name@_status run_images(@name@ *model, const @name@_input *inputs, const @name@_output *outputs, size_t images) {
+static @name@_status run_images(@name@_model *model, const @name@_input *inputs, const @name@_output *outputs, size_t images) {
     for (size_t image = 0; image < images; image++) {
         for (size_t i = 0; i < INPUT_COUNT; i++) {
             take_input(model, i, (const unsigned char *)inputs[i].data + image * INPUTS[i].size);
@@ -121,12 +121,12 @@ static @name@_status run_images(@name@ *model, const @name@_input *inputs, const
 }
 
 /* An instance in one block, without weights and threads. */
-static @name@ *lay_out(int threads) {
+static @name@_model *lay_out(int threads) {
     unsigned char *block = aligned_alloc(ALIGNMENT, MODEL_SIZE + (size_t)threads * THREAD_SIZE);
     if (block == NULL) {
         return NULL;
     }
-    @name@ *model = (@name@ *)(void *)block;
+    @name@_model *model = (@name@_model *)(void *)block;
     memset(model, 0, sizeof *model);
     atomic_flag_clear(&model->running);
     model->threads = threads;
@@ -182,7 +182,7 @@ const @name@_description *@name@_query(void) {
     return &description;
 }
 
-@name@_status @name@_create(@name@ **model, const @name@_options *options) {
+@name@_status @name@_create(@name@_model **model, const @name@_options *options) {
     if (model == NULL) {
         return @NAME@_NULL_ARGUMENT;
     }
@@ -201,7 +201,7 @@ const @name@_description *@name@_query(void) {
     if (!cpu_is_able()) {
         return @NAME@_UNSUPPORTED_CPU;
     }
-    @name@ *made = lay_out(options->threads);
+    @name@_model *made = lay_out(options->threads);
     if (made == NULL) {
         return @NAME@_NO_MEMORY;
     }
@@ -228,7 +228,7 @@ const @name@_description *@name@_query(void) {
     return @NAME@_OK;
 }
 
-@name@_status @name@_run(@name@ *model, const @name@_input *inputs, size_t input_count,
+@name@_status @name@_run(@name@_model *model, const @name@_input *inputs, size_t input_count,
                          const @name@_output *outputs, size_t output_count) {
     if (model == NULL || inputs == NULL || outputs == NULL) {
         return @NAME@_NULL_ARGUMENT;
@@ -249,7 +249,7 @@ const @name@_description *@name@_query(void) {
     return status;
 }
 
-void @name@_destroy(@name@ *model) {
+void @name@_destroy(@name@_model *model) {
     if (model == NULL) {
         return;
     }

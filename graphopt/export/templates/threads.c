@@ -19,13 +19,13 @@ typedef struct {
 } thread_pool;
 
 typedef struct {
-    struct @name@ *model;
+    struct @name@_model *model;
     pthread_t thread;
     workspace *space;
 } worker;
 #endif
 
-struct @name@ {
+struct @name@_model {
     atomic_flag running;
     int threads;
     bool owns_weights;
@@ -44,7 +44,7 @@ struct @name@ {
 #else
 #define THREAD_SIZE ROUNDED(WORKSPACE_SIZE + sizeof(workspace) + sizeof(worker))
 #endif
-#define MODEL_SIZE (ROUNDED(sizeof(struct @name@)) + ARENA_SIZE) /* and THREAD_SIZE for each thread */
+#define MODEL_SIZE (ROUNDED(sizeof(struct @name@_model)) + ARENA_SIZE) /* and THREAD_SIZE for each thread */
 
 /* ---- Workspaces and threads, which belong to the thread that a kernel runs on. ---- */
 
@@ -95,7 +95,7 @@ static int launch(task_function *function, void *data, int task_count) {
     return run_here(function, data, task_count);
 }
 
-static void enter(@name@ *model) {
+static void enter(@name@_model *model) {
     own_space = &model->spaces[0];
 }
 
@@ -107,7 +107,7 @@ static void leave(void) {
 
 #define SPINS 4000 /* some 50 us: more than what lies between two kernels of a run */
 
-static THREAD_LOCAL @name@ *own_model; /* whose threads help the caller; NULL for these threads themselves */
+static THREAD_LOCAL @name@_model *own_model; /* whose threads help the caller; NULL for these threads themselves */
 
 static void relax(void) {
 #if defined(__x86_64__)
@@ -170,7 +170,7 @@ static void wake_all(thread_pool *pool) {
 }
 
 static int launch(task_function *function, void *data, int task_count) {
-    @name@ *model = own_model;
+    @name@_model *model = own_model;
     if (model == NULL || model->threads == 1) {
         return run_here(function, data, task_count);
     }
@@ -200,7 +200,7 @@ static int launch(task_function *function, void *data, int task_count) {
     return atomic_load(&pool->failures) == 0 ? 0 : -1;
 }
 
-static void enter(@name@ *model) {
+static void enter(@name@_model *model) {
     own_space = &model->spaces[0];
     own_model = model;
 }
@@ -211,7 +211,7 @@ static void leave(void) {
 }
 
 /* Stop the first `count` workers. */
-static void stop_threads(@name@ *model, int count) {
+static void stop_threads(@name@_model *model, int count) {
     thread_pool *pool = &model->pool;
     atomic_store(&pool->stopped, true);
     wake_all(pool);
@@ -222,7 +222,7 @@ static void stop_threads(@name@ *model, int count) {
     pthread_mutex_destroy(&pool->mutex);
 }
 
-static @name@_status start_threads(@name@ *model) {
+static @name@_status start_threads(@name@_model *model) {
     thread_pool *pool = &model->pool;
     if (pthread_mutex_init(&pool->mutex, NULL) != 0) {
         return @NAME@_NO_THREAD;

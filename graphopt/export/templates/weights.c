@@ -98,7 +98,7 @@ static @name@_status read_weights(FILE *file, unsigned char **weights) {
     return @NAME@_OK;
 }
 
-static @name@_status load_weights(@name@ *model, const @name@_options *options) {
+static @name@_status load_weights(@name@_model *model, const @name@_options *options) {
     if (options->weights_path == NULL) {
         return weights_in_memory(options->weights, options->weights_size, &model->bases[WEIGHTS]);
     }
