@@ -14,6 +14,7 @@ from graphopt.backends.cuda.conv_pack import pack_conv, pack_depthwise, pack_dot
 from graphopt.backends.cuda.conv_plan import fits, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
 from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
+from graphopt.backends.cuda.float_conv import float_conv, pack_float
 from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
 from graphopt.backends.lower import convolution, elementwise
@@ -26,9 +27,10 @@ from graphopt.program import Program
 
 Array = np.ndarray[Any, Any]
 
-# What has a kernel here; float convolutions and everything else are TVM's.
+# What has a kernel here; everything else is TVM's.
 SELECTORS: tuple[Selector, ...] = (
     convolution.select_integer,
+    convolution.select_float,
     elementwise.select_integer,
     elementwise.select_concat,
     elementwise.select_float,
@@ -76,8 +78,10 @@ class CudaKernels(KernelSource):
 
     def _convolution(self, step: ConvolutionStep, workload: Conv2d) -> Kernel:
         weight, bias, multiplier = step.arrays(self, workload)
+        if multiplier is None:
+            packed = pack_float(workload, weight, bias)
+            return _kernel(float_conv(workload), tuple(packed), workload.macs)
         assert bias is not None
-        assert multiplier is not None
         constants = (weight, bias, multiplier)
         zero_point = workload.x_zero_point
         if is_depthwise(workload):

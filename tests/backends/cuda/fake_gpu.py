@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import graphopt as go
+from graphopt.bench.networks import NETWORKS
 from graphopt.cuda_runtime import check_device
 from graphopt.errors import TargetError
 from tests.backends.cuda.simt import run_lowered
@@ -87,15 +89,46 @@ class Network(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
 
 
-def _compiled(dynamic: bool) -> tuple[go.Artifact, torch.Tensor]:
+def _compiled(model: nn.Module, x: torch.Tensor, dynamic: bool) -> go.Artifact:
+    program = go.capture(model, (x,), dynamic_batch=(1, 4) if dynamic else None)
+    return go.compile(go.passes.Quantize(calibration=[(x,)])(program), "sm_80")
+
+
+def _outputs(artifact: go.Artifact, x: torch.Tensor) -> Any:
+    given = artifact.session()(x.numpy())
+    if _FAULTS:
+        raise _FAULTS[0]
+    return given
+
+
+def _run(name: str, artifact: go.Artifact, x: torch.Tensor) -> None:
+    given = _outputs(artifact, x)
+    with torch.no_grad():
+        want = artifact.program(x).numpy()
+    forms = sorted({kernel.form for kernel in artifact.manifest.kernels if kernel.form})
+    equal = bool(np.array_equal(given, want))
+    print(json.dumps({"network": name, "equal": equal, "forms": forms}), flush=True)
+
+
+def _small_networks() -> None:
+    """Fixed and dynamic batch, a float network, and what is said of a model for another GPU."""
     torch.manual_seed(3)
-    x = torch.randn(2, 3, 15, 14)
-    program = go.capture(Network().eval(), (x,), dynamic_batch=(1, 4) if dynamic else None)
-    return go.compile(go.passes.Quantize(calibration=[(x,)])(program), "sm_80"), x
+    model, x = Network().eval(), torch.randn(2, 3, 15, 14)
+    _run("fixed", _compiled(model, x, dynamic=False), x)
+    _run("dynamic", _compiled(model, x, dynamic=True), x[:1])
+    float_program = go.capture(model, (x,))
+    artifact = go.compile(float_program, "sm_80")
+    with torch.no_grad():
+        distance = np.abs(_outputs(artifact, x) - float_program(x).numpy()).max()
+    print(json.dumps({"network": "float", "close": bool(distance < 1e-5)}), flush=True)
+    try:
+        check_device("sm_90", "model.gopt")
+    except TargetError as error:
+        print(json.dumps(str(error)))
 
 
-def main() -> None:
-    """Fixed and dynamic batch, each against the program that was compiled."""
+def main(names: list[str]) -> None:
+    """The small networks, or benchmarks' networks by name at 32 pixels: each against the program that was compiled."""
     _remember_device_functions()
     driver = ctypes.CDLL("libcuda.so.1")
     kind = ctypes.CFUNCTYPE(
@@ -103,23 +136,13 @@ def main() -> None:
     )
     callback = kind(_launch)
     driver.fake_on_launch(callback)
-    for dynamic in (False, True):
-        artifact, x = _compiled(dynamic)
-        if dynamic:
-            x = x[:1]
-        given = artifact.session()(x.numpy())
-        if _FAULTS:
-            raise _FAULTS[0]
-        with torch.no_grad():
-            want = artifact.program(x).numpy()
-        forms = sorted({kernel.form for kernel in artifact.manifest.kernels if kernel.form})
-        equal = bool(np.array_equal(given, want))
-        print(json.dumps({"dynamic": dynamic, "equal": equal, "forms": forms}))
-    try:
-        check_device("sm_90", "model.gopt")
-    except TargetError as error:
-        print(json.dumps(str(error)))
+    if not names:
+        _small_networks()
+    for name in names:
+        torch.manual_seed(4)
+        x = torch.randn(1, 3, 32, 32)
+        _run(name, _compiled(NETWORKS[name].model(), x, dynamic=False), x)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -186,8 +186,8 @@ class _Grid:
             size = elements * np.dtype(str(buffer.dtype)).itemsize
         except KeyError:
             size = ctypes.CDLL(None).malloc_usable_size(ctypes.c_void_p(address))
-        raw = (ctypes.c_uint8 * size).from_address(address)
-        data = np.frombuffer(raw, np.uint8).reshape(1, -1)
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        data = np.ctypeslib.as_array(memory).reshape(1, -1)
         return Storage(str(buffer.name), data, np.zeros(1, int), np.ones(data.shape, bool))
 
     def _Bind(self, node: Any) -> None:

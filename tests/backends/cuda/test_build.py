@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 import tvm
 from tvm import relax
 
-from graphopt.backends.cpu.workload import Concat, Convert, Layout, Pool2d, Requantize
+from graphopt.backends.cpu.workload import Concat, Conv2d, Convert, Layout, Pool2d, Requantize
 from graphopt.backends.cuda.arch import ARCHS, Arch
 from graphopt.backends.cuda.build import build_library
 from graphopt.backends.cuda.conv import conv
 from graphopt.backends.cuda.conv_plan import TILES, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise
 from graphopt.backends.cuda.dot import dot_conv
+from graphopt.backends.cuda.float_conv import float_conv
 from graphopt.backends.cuda.pointwise import concat, convert
 from graphopt.backends.cuda.pool import pool
 from graphopt.backends.cuda.toolkit import compile_source, find_nvcc, image_in_text
@@ -45,6 +47,7 @@ def _kernels(arch: Arch) -> dict[str, Any]:
         dot_conv(grouped),
         dot_conv(few),
         depthwise(conv_workload((12, 12), groups=12)),
+        float_conv(Conv2d(floats, replace(floats, channels=8, channel_stride=8), (1, 1))),
         pool(Pool2d("max", x, y, (2, 2), (2, 2))),
         pool(Pool2d("average", x, y, (2, 2), (2, 2), requantize=rounding)),
         concat(Concat((y, y), image(2, (4, 4), 24), (None, None))),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,26 +18,43 @@ from tests.backends.cuda.fake_gpu import build_libraries
 _ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-def test_a_session_equals_the_program(tmp_path: Path) -> None:
-    build_libraries(tmp_path)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
+    pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc"),
+]
+
+
+def _lines(folder: Path, *names: str) -> list[Any]:
+    """What the program prints."""
+    build_libraries(folder)
     environment = {
         **os.environ,
-        "LD_LIBRARY_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": str(folder),
         "PYTHONPATH": str(_ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.backends.cuda.fake_gpu"]
+    command = [sys.executable, "-m", "tests.backends.cuda.fake_gpu", *names]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, cwd=_ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    *networks, refused = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_session_equals_the_program(tmp_path: Path) -> None:
+    *networks, floats, refused = _lines(tmp_path)
     forms = ["depthwise", "dp4a", "mma"]
     assert networks == [
-        {"dynamic": dynamic, "equal": True, "forms": forms} for dynamic in (False, True)
+        {"network": name, "equal": True, "forms": forms} for name in ("fixed", "dynamic")
     ]
+    assert floats == {"network": "float", "close": True}  # sums of 180 products, to 1e-5
     assert refused == (
         "model.gopt is compiled for sm_90 and this GPU is sm_80; compile the model for it"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenet_v2", "resnet18"])
+def test_a_known_network(tmp_path: Path, name: str) -> None:
+    (result,) = _lines(tmp_path, name)
+    assert result["equal"]
