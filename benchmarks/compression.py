@@ -110,7 +110,7 @@ def measure(bench: Bench, key: str) -> dict[str, Any]:
 
 
 def compiled(bench: Bench, key: str, program: go.Program | None = None) -> dict[str, Any]:
-    """The compiled file of a row that has learned. Raises BenchmarkError where it and its program do not agree."""
+    """The compiled file of a row that has learned, its program from there where none is given. Raises BenchmarkError where it and its program do not agree."""
     if program is None:
         program = models.read_program(str(bench.folder / f"{key}.pt2"), trust=True)
     path = bench.folder / f"{key}.gopt"
@@ -253,8 +253,13 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 def _points(results: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """Accuracy against KiB and microseconds, by recipe."""
     return {
-        ROWS[key].title: (result["bytes"] / 1024, result["microseconds"], result["compiled"])
-        for key, result in results.items()
+        row.title: (
+            results[key]["bytes"] / 1024,
+            results[key]["microseconds"],
+            results[key]["compiled"],
+        )
+        for key, row in ROWS.items()
+        if key in results
     }
 
 

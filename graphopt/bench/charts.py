@@ -124,17 +124,16 @@ def trade_offs(path: Path, recipes: Mapping[str, tuple[float, float, float]]) ->
     figure = Figure(figsize=(15, 6.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, place, label in zip(axes, (0, 1), ("file, KiB", "latency, us"), strict=True):
-        for title, recipe in recipes.items():
-            axis.plot(recipe[place], recipe[2], "o", color=_OURS)
-            axis.annotate(
-                title,
-                (recipe[place], recipe[2]),
-                (5, 3),
-                textcoords="offset points",
-                fontsize="x-small",
-            )
+        for number, (title, recipe) in enumerate(recipes.items(), 1):
+            point = recipe[place], recipe[2]
+            # in the legend the title, at the point its number: titles would cover each other
+            axis.plot(*point, "o", color=_OURS, label=f"{number} {title}")
+            axis.annotate(str(number), point, (4, 3), textcoords="offset points", fontsize="small")
         axis.set_xscale("log")
+        for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            formatted("{x:.0f}")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", handlelength=0)
     axes[0].set_ylabel("accuracy, %")
     _save(figure, path)

@@ -86,6 +86,8 @@ def test_a_row_goes_from_rewrite_to_compiled_file(benchmark: Any, bench: Any) ->
     assert result["macs"] * 2 == bench.network.stats().macs
     assert result["bytes"] == (bench.folder / "int8.gopt").stat().st_size
     assert set(benchmark.time_all(bench, ["int8"])) == {"int8"}
+    again = benchmark.compiled(bench, "int8")  # from what was kept
+    assert (again["compiled"], again["difference"]) == (result["compiled"], 0)
     taught = importlib.import_module("recipes").Compiled(bench.folder / "int8.gopt")
     assert taught(bench.test.pixels[:3]).shape == (3, 10)
 
