@@ -38,12 +38,19 @@ def restore_values(program: Program, saved: Mapping[str, torch.Tensor]) -> None:
 
 def fingerprint(program: Program) -> str:
     """A hash of the graph's code and of every weight."""
-    digest = hashlib.blake2b(program.graph_module.code.encode(), digest_size=16)
-    for name, tensor in tensors(program).items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    return digest(tensors(program), program.graph_module.code)
+
+
+def digest(named: Mapping[str, Any], code: str = "") -> str:
+    """A hash of tensors by name, and of ``code``; what is no tensor in a module's state is passed over."""
+    found = hashlib.blake2b(code.encode(), digest_size=16)
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()
+        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return found.hexdigest()
 
 
 class Checkpoint:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import TrainError
 from graphopt.program import Program
-from graphopt.train import batches, features
+from graphopt.train import batches, checkpoint, features
 from graphopt.train.options import Loss, Metric
 from graphopt.verify import describe
 
@@ -103,6 +103,7 @@ class Distillation(Objective):
         pairs = self.matched
         return {
             "loss": _name(self.loss),
+            "teacher": _fingerprint(self.teacher[0]),
             "alpha": self.alpha,
             "temperature": self.temperature,
             "features": dict(zip(pairs.student_names, pairs.teacher_names, strict=True))
@@ -172,6 +173,13 @@ def score(metric: Metric | None, output: Any, labels: Any) -> float | None:
     if metric is None:
         return accuracy(values, labels)
     return None if labels is None else float(metric(values, labels))
+
+
+def _fingerprint(teacher: Program | nn.Module) -> str:
+    """What tells it from another teacher: a run is not resumed with one."""
+    if isinstance(teacher, Program):
+        return f"Program {checkpoint.fingerprint(teacher)}"
+    return f"{type(teacher).__name__} {checkpoint.digest(teacher.state_dict())}"
 
 
 def _one_tensor(value: Any, whose: str, where: str, advice: str) -> Tensor:

@@ -139,6 +139,18 @@ def test_checkpoints_hold_the_adapters(tmp_path: Path) -> None:
         go.distill(narrow, wide, task(), 0.9, checkpoint=path, **options)
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path, captured: bool) -> None:
+    path, student = tmp_path / "run.checkpoint", capture(net(4))
+    modules = [net(8).eval() for _ in range(2)]
+    modules[1].fc.weight.data[0, 0] += 1
+    first, other = (capture(one) if captured else one for one in modules)
+    go.distill(student, first, task(2), checkpoint=path)
+    go.distill(student, first, task(2), epochs=2, checkpoint=path)
+    with pytest.raises(TrainError, match="of another run: its objective is"):
+        go.distill(student, other, task(2), epochs=3, checkpoint=path)
+
+
 def test_a_name_is_a_node_or_a_modules_output() -> None:
     program = capture(net())
     assert find(program, "relu_", "student").name == "relu_"
