@@ -128,11 +128,11 @@ def weight_of(workload: Conv2d, dtype: str, pattern: str, zeros: float) -> Array
     group = PATTERNS[pattern]
     kept = generator.random((shape[0], shape[1] // group, *shape[2:])) >= zeros
     masked = weight * np.repeat(kept, group, axis=1)
-    return masked.astype(np.int8 if dtype == "int8" else np.float32)
+    return np.asarray(masked, np.int8 if dtype == "int8" else np.float32)
 
 
 def _tensor(layout: Layout) -> Array:
-    shape = (layout.batch, *layout.shape)
+    shape = (layout.batch or 1, *layout.shape)
     return np.random.default_rng(1).integers(0, 128, shape).astype(layout.dtype)
 
 
@@ -193,8 +193,8 @@ def measure(
     for case, weight in weights.items():
         forms = compare(workload, weight, isa, 1)
         density, predicted = (1.0, None) if forms is None else (forms.density, forms.gain)
-        times = [timings[name].fastest for name in (kind, "direct", repr(case))]
-        yield Row(layer, dtype, *case, density, *times, predicted, kind)
+        best, direct, ours = (timings[name].fastest for name in (kind, "direct", repr(case)))
+        yield Row(layer, dtype, *case, density, best, direct, ours, predicted, kind)
 
 
 def _mean(values: list[float]) -> float:

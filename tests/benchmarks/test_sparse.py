@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt as go
 from benchmarks import sparse, sparse_networks
 from benchmarks.sparse import Row
 from benchmarks.sparse_networks import Case
@@ -84,7 +85,7 @@ def test_files_that_disagree_are_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     weight = next(name for name in other.graph_module.state_dict() if "weight" in name)
     with torch.no_grad():
         other.graph_module.state_dict()[weight].mul_(np.float32(-1))
-    sparse_networks.go.compile(other, "avx2", threads=1).save(paths["dense"])
+    go.compile(other, "avx2", threads=1).save(paths["dense"])
     with pytest.raises(BenchmarkError, match="outputs of the sparse and the dense file differ"):
         sparse_networks.measure(case, tmp_path, seconds=0.01)
     sparse_networks.pruned.cache_clear()
