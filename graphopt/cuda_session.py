@@ -65,6 +65,9 @@ class CudaSession(Session):
         return _DeviceMachine(self._device, self.library, self.manifest, self._weights)
 
     def run_on_device(self, *tensors: Any) -> list[Any]:
-        """The outputs for inputs that are on the device (DLPack), both in the manifest's order; without waiting for them."""
+        """The outputs for inputs that are on the device (DLPack), both in the manifest's order; without waiting for them.
+
+        For one thread at a time: it always runs on the same virtual machine.
+        """
         given = [tvm_runtime().from_dlpack(tensor) for tensor in tensors]
         return self._on_device.run_tensors(given)

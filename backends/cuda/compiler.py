@@ -69,6 +69,7 @@ class GpuCompiler:
             self.threads,
             self.stages,
             kept_in_float(program),
+            images="a GPU takes the images of a batch together",
             arch=self.arch.name,
             code=library.code,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from graphopt.backends.cuda.conv_plan import fits, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
 from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
 from graphopt.backends.cuda.float_conv import float_conv, pack_float
+from graphopt.backends.cuda.memory import INDEX_LIMIT
 from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
 from graphopt.backends.lower import convolution, elementwise
@@ -55,10 +57,7 @@ class CudaKernels(KernelSource):
 
     def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
         for layout in (*inputs, output):
-            if layout.dtype == "int8":
-                raise CompileError(
-                    f"node {step.output.name!r}: CUDA kernels take uint8 activations, not int8; quantize with qmin = 0"
-                )
+            self._check(step, layout)
         match step:
             case ConvolutionStep():
                 return self._convolution(step, step.workload(inputs, output))
@@ -75,6 +74,20 @@ class CudaKernels(KernelSource):
                 return _kernel(concat(step.workload(inputs, output)))
             case _:
                 raise AssertionError(f"{type(step).__name__} is none of SELECTORS' steps")
+
+    def _check(self, step: Step, layout: Layout) -> None:
+        """Raise CompileError for what no kernel takes: signed bytes, elements that 32 bits do not number."""
+        name = step.output.name
+        if layout.dtype == "int8":
+            raise CompileError(
+                f"node {name!r}: CUDA kernels take uint8 activations, not int8; quantize with qmin = 0"
+            )
+        _, largest = self.program.dynamic_batch or (1, 1)
+        batch = largest if layout.batch is None else layout.batch
+        if batch * math.prod(layout.shape) >= INDEX_LIMIT:
+            raise CompileError(
+                f"node {name!r}: a tensor of {batch} x {layout.shape} elements has 2**31 or more; compile a smaller batch"
+            )
 
     def _convolution(self, step: ConvolutionStep, workload: Conv2d) -> Kernel:
         weight, bias, multiplier = step.arrays(self, workload)

@@ -20,7 +20,7 @@ from graphopt.backends.cpu.workload import Layout
 from graphopt.errors import CompileError
 
 WIDEST = 16  # bytes of one memory instruction
-INDEX_LIMIT = 2**31
+INDEX_LIMIT = 2**31  # kernels number elements in int32
 
 
 def activation(name: str, layout: Layout, order: str = "nhwc") -> Argument:
@@ -31,10 +31,6 @@ def activation(name: str, layout: Layout, order: str = "nhwc") -> Argument:
         shape = (layout.batch, layout.channels, layout.height, layout.width)
     else:
         shape = (layout.batch, *layout.shape)
-    if math.prod(size or 1 for size in shape) >= INDEX_LIMIT:
-        raise CompileError(
-            f"a tensor of shape {shape} has 2**31 elements or more; compile a smaller batch"
-        )
     return Argument(name, shape, layout.dtype)
 
 
