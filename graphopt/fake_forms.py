@@ -25,4 +25,4 @@ def _values_and_mask(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 for _name in _OPERATORS:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
-        _LIBRARY.impl(_name, _values_and_mask)
+        _LIBRARY.impl(_name, _values_and_mask)  # type: ignore[no-untyped-call]
