@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import lzma
+import os
 import platform
 import statistics
 import sys
@@ -98,9 +99,12 @@ def peer(source: Path) -> torch.nn.Module:
 
 
 def graphed(call: Call) -> Call:
-    """The call as a CUDA graph."""
+    """The call as a CUDA graph; it is called before, since code is loaded and memory pooled by then."""
     import tvm_ffi
 
+    for _ in range(_WARM_UP):
+        call()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
         call()
@@ -178,6 +182,8 @@ def main() -> int:
         print("cuda_suite: PyTorch sees no NVIDIA GPU on this machine", file=sys.stderr)
         return 2
     sys.path.insert(0, str(_HERE / "lib"))
+    # tvm_ffi would compile an extension for a PyTorch that has no exchange API of its own
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     folders = sorted(path for path in (_HERE / "cases").iterdir() if path.is_dir())
     if options.models:
         folders = [_HERE / "cases" / name for name in options.models.split(",")]

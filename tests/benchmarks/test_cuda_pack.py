@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 import graphopt as go
 from graphopt.backends.cuda.toolkit import find_nvcc
+from graphopt.manifest import Kernel
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -74,6 +75,45 @@ def test_verdicts(suite: ModuleType) -> None:
     assert suite.compare(want[:1], want)["equal"] is False
     near = suite.compare(np.array([1.0, 2.5], np.float32), want)
     assert near == {"equal": False, "differing": 1, "largest": 0.5}
+
+
+def test_kernels_by_time_with_their_share_of_the_peak(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [
+        SimpleNamespace(key="cuda_conv_a_kernel", count=4, device_time_total=80.0),
+        SimpleNamespace(key="cuda_pool_b_kernel", count=2, device_time_total=200.0),
+        SimpleNamespace(key="Memcpy HtoD", count=1, device_time_total=1.0),
+    ]
+
+    class Profile:
+        def __init__(self, activities: Any) -> None: ...
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def key_averages(self) -> list[Any]:
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    convolution, pooling = Kernel("cuda_conv_a", macs=1_000_000), Kernel("cuda_pool_b")
+    runs: list[int] = []
+    rows = suite.kernel_rows(
+        lambda: runs.append(1), [convolution, convolution, pooling], 8, 8e12, runs=2
+    )
+    assert len(runs) == 2
+    # 2 x 10**6 x 8 operations in 20 us are 0.8 tera-operations a second, a tenth of the peak
+    assert rows == [
+        {"kernel": "cuda_pool_b_kernel", "calls": 1, "us": 100.0},
+        {
+            "kernel": "cuda_conv_a_kernel",
+            "calls": 2,
+            "us": 20.0,
+            "tops": pytest.approx(0.8),
+            "share_of_peak": pytest.approx(0.1),
+        },
+    ]
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
