@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import tvm
 from tvm import tirx
@@ -20,9 +19,10 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.conv_pack import pack_conv2d
 from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, overlaps, plan_conv2d
+from graphopt.backends.cpu.conv_steps import Steps, optional_loop
 from graphopt.backends.cpu.conv_store import Beside, Place, Scratch, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.surroundings import fill_surroundings
 from graphopt.backends.cpu.workload import Conv2d, Layout
 
@@ -306,24 +306,25 @@ class _Kernel:
         x_start = bind(x_start)
         whole, partial = divmod(plan.span, plan.step)
         depth = vectors * plan.step_elements
-        with _optional_loop(plan.taps_high) as r, _optional_loop(plan.taps_wide) as s:
+        steps = Steps(self.workload, self.isa, plan, self.x, self.weight, accumulators)
+        with optional_loop(plan.taps_high) as r, optional_loop(plan.taps_wide) as s:
             x_span = bind(
                 x_start + r * (dh * x.columns * x.channel_stride) + s * (dw * x.channel_stride)
             )
             span = r * plan.taps_wide + s
             w_span = bind(weights + span * (plan.steps * depth))
             if self.isa.by_element:
-                self._loaded_steps(accumulators, vectors, w_span, x_span, whole)
+                steps.whole(vectors, w_span, x_span, whole)
             elif whole:
-                with _optional_loop(whole) as k:
+                with optional_loop(whole) as k:
                     if ahead is not None:
                         self._prefetch(ahead, span * plan.steps + k, depth)
                     if beside is not None:
                         beside.emit(span * whole + k, plan.taps_high * plan.taps_wide * whole)
-                    self._step(accumulators, vectors, w_span + k * depth, x_span + k * plan.step)
+                    steps.one(vectors, w_span + k * depth, x_span + k * plan.step)
             if partial:
                 last = x_span + whole * plan.step
-                self._step(accumulators, vectors, w_span + whole * depth, last, partial)
+                steps.one(vectors, w_span + whole * depth, last, partial)
 
     def _prefetch(self, ahead: Expr, step: Expr, depth: int) -> None:
         """One step's part of the tile's share, a prefetch a line."""
@@ -331,100 +332,6 @@ class _Kernel:
         line = _LINE_BYTES // (1 if self.integer else 4)
         for offset in range(0, share, line):
             emit.prefetch(self.weight, ahead + step * share + offset)
-
-    def _step(
-        self,
-        accumulators: emit.Accumulators,
-        vectors: int,
-        weights: Expr,
-        x_index: Expr,
-        valid: int = INT8_STEP,
-    ) -> None:
-        """One broadcast of every pixel times one packed weight of every channel vector."""
-        weights, x_index = bind(weights), bind(x_index)
-
-        def spread(p: int) -> list[Expr]:
-            index = x_index + p * self._pitch
-            if not self.integer:
-                return [bind(emit.broadcast(emit.load(self.x, index, 1), self.plan.lanes))]
-            word = bind(emit.load_channels(self.x, index, valid))
-            return emit.spread_channels(self.isa, word)
-
-        self._products(accumulators, vectors, weights, spread)
-
-    def _loaded_steps(
-        self,
-        accumulators: emit.Accumulators,
-        vectors: int,
-        weights: Expr,
-        x_index: Expr,
-        steps: int,
-    ) -> None:
-        """A span's whole steps on a row whose multiply-adds read lanes: one load of a pixel serves several of them.
-
-        The weights are not fetched ahead: they run on from block to block, which the hardware sees.
-        """
-        plan, isa = self.plan, self.isa
-        depth, count = vectors * plan.step_elements, isa.steps_a_load
-        groups, rest = divmod(steps, count)
-        if groups:
-            with _optional_loop(groups) as k:
-                first = bind(x_index + k * (count * plan.step))
-                column = bind(weights + k * (count * depth))
-                pixels = [
-                    emit.load_steps(isa, self.x, first + p * self._pitch)
-                    for p in range(plan.pixels)
-                ]
-                for step in range(count):
-                    self._products(
-                        accumulators,
-                        vectors,
-                        column + step * depth,
-                        lambda p, step=step: emit.spread_step(isa, pixels[p], step),
-                    )
-        if rest:
-            with _optional_loop(rest) as k:
-                k = groups * count + k
-                self._step(accumulators, vectors, weights + k * depth, x_index + k * plan.step)
-
-    @property
-    def _pitch(self) -> int:
-        """Elements of x from a pixel of a tile to the next."""
-        return self.workload.stride[1] * self.workload.x.channel_stride
-
-    def _products(
-        self,
-        accumulators: emit.Accumulators,
-        vectors: int,
-        weights: Expr,
-        spread: Callable[[int], list[Expr]],
-    ) -> None:
-        """Add ``spread(pixel)``, the left operands of a step, times its weights to all sums of the tile."""
-        plan, isa = self.plan, self.isa
-        offsets = [weights + v * plan.step_elements for v in range(vectors)]
-        if not self.integer:
-            columns = [bind(emit.load(self.weight, o, plan.lanes)) for o in offsets]
-            for p in range(plan.pixels):
-                (value,) = spread(p)
-                for v, column in enumerate(columns):
-                    total = emit.multiply_add(isa, value, column, accumulators.get(p, v))
-                    accumulators.set(p, v, total)
-            return
-        halves = [emit.load_weights(isa, self.weight, o) for o in offsets]
-        for p in range(plan.pixels):
-            operands = spread(p)
-            for v, half in enumerate(halves):
-                accumulators.set(p, v, emit.dot(isa, accumulators.get(p, v), operands, half))
-
-
-@contextmanager
-def _optional_loop(extent: int) -> Iterator[Expr]:
-    """A loop, or its single iteration 0."""
-    if extent == 1:
-        yield 0
-        return
-    with T.serial(0, extent) as i:
-        yield i
 
 
 def conv2d(

@@ -167,13 +167,10 @@ def load_steps(isa: Isa, buffer: Buffer, index: Expr) -> Expr:
 
 def spread_step(isa: Isa, value: Expr, step: int) -> list[Expr]:
     """The left operands of one step of ``load_steps``; LLVM makes them lanes that the multiply-adds read in place."""
-    if isa.form != "long":
+    is_float = str(value.ty.dtype).startswith("float32")
+    if is_float or isa.form != "long":
         word = tirx.Shuffle([value], [step] * isa.lanes)
-        if str(value.ty.dtype).startswith("float32"):
-            return [word]
-        return [T.reinterpret(f"int8x{INT8_STEP * isa.lanes}", word)]
-    if str(value.ty.dtype).startswith("float32"):
-        return [tirx.Shuffle([value], [step] * isa.lanes)]
+        return [word if is_float else T.reinterpret(f"int8x{INT8_STEP * isa.lanes}", word)]
     pairs = T.reinterpret(f"int16x{2 * isa.lanes}", value)
     halves = [tirx.Shuffle([pairs], [2 * step + half] * isa.lanes) for half in (0, 1)]
     return [bind(T.reinterpret(f"int8x{2 * isa.lanes}", half)) for half in halves]
@@ -264,14 +261,30 @@ def dot_pairs(isa: Isa, accumulator: Expr, x: Expr, weights: Expr) -> Expr:
     left, right = T.reinterpret(pairs, x), T.reinterpret(pairs, weights)
     dtype = vector("int32", isa.lanes)
     if not isa.pair_intrinsic:
-        for odd in (0, 1):
-            lanes = list(range(odd, 2 * isa.lanes, 2))
-            factors = [T.cast(tirx.Shuffle([side], lanes), dtype) for side in (left, right)]
-            accumulator = accumulator + factors[0] * factors[1]
-        return accumulator
+        return multiply_halves(isa, accumulator, halves_of_pairs(isa, left), right)
     if isa.dot_accumulates:
         return intrinsic(dtype, isa.pair_intrinsic, accumulator, left, right)
     return accumulator + intrinsic(dtype, isa.pair_intrinsic, left, right)
+
+
+def halves_of_pairs(isa: Isa, pairs: Expr) -> list[Expr]:
+    """The even and the odd ones of a vector of int16."""
+    lanes = 2 * isa.lanes
+    return [tirx.Shuffle([pairs], list(range(odd, lanes, 2))) for odd in (0, 1)]
+
+
+def multiply_halves(isa: Isa, accumulator: Expr, x: Sequence[Expr], weights: Expr) -> Expr:
+    """``dot_pairs`` by two widening multiply-adds; ``x`` are int16, the first and the second of every pair."""
+    dtype = vector("int32", isa.lanes)
+    for left, right in zip(x, halves_of_pairs(isa, weights), strict=True):
+        accumulator = accumulator + T.cast(left, dtype) * T.cast(right, dtype)
+    return accumulator
+
+
+def spread_pairs(isa: Isa, value: Expr, step: int) -> list[Expr]:
+    """One of the pairs of a vector, for ``multiply_halves``, which reads its lanes in place."""
+    pairs = T.reinterpret(vector("int16", 2 * isa.lanes), value)
+    return [tirx.Shuffle([pairs], [2 * step + odd] * isa.lanes) for odd in (0, 1)]
 
 
 def pack(isa: Isa, dtype: str, name: str, a: Expr, b: Expr) -> Expr:

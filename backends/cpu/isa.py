@@ -9,7 +9,7 @@ import tvm
 
 INT8_STEP = 4  # input channels an int8 step takes: one 32-bit broadcast of activations
 _FORMS = {"dot": 4, "pairs": 2, "long": 4}  # channels that one sum of products takes
-_PAIRED = (
+PAIRED = (
     1,
     2,
     4,
@@ -153,7 +153,7 @@ class Isa:
             weights = _LONG_WEIGHTS if self.form == "long" else 1
         return tuple(
             (pixels, vectors)
-            for vectors in (_PAIRED if self.by_element else range(1, 9))
+            for vectors in (PAIRED if self.by_element else range(1, 9))
             for pixels in range(1, free // vectors)
             if pixels * (vectors + held) + weights * vectors <= free
         )

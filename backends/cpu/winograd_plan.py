@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.isa import INT8_STEP, PAIRED, Isa
 from graphopt.backends.cpu.winograd_transform import LARGEST_SUM, POINTS, TILE, WINDOW
 from graphopt.backends.cpu.workload import Conv2d
 
@@ -240,9 +240,11 @@ def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: in
 
 def _most_tiles(isa: Isa, integer: bool, vectors: int) -> int:
     """Tiles of a register tile, which leaves registers for a step's weights and a product."""
-    free = isa.registers - 1 - (integer and not isa.dot_accumulates)
+    free = isa.registers - 1 - (integer and not isa.dot_accumulates) - isa.by_element
     weights = isa.pair_registers if integer else 1
-    return (free - weights * vectors) // (vectors + isa.by_element)
+    most = (free - weights * vectors) // (vectors + isa.by_element)
+    # multiplies of int16 read lanes of the first 16 registers: more than half of them, and pixels move to and fro
+    return min(most, isa.registers // 4) if integer and isa.by_element else most
 
 
 def _register_tile(
@@ -261,6 +263,8 @@ def _cut_points(
     """Estimated cycles of a chunk's products, the vectors of a block, and the points: the cut of least time."""
     options = []
     for vectors in range(1, min(_MOST_VECTORS, group_vectors) + 1):
+        if isa.by_element and vectors not in PAIRED:
+            continue
         cycles, points = 0.0, []
         for fields in _points(cut):
             line = min(chunk, fields[-1] - fields[-2])

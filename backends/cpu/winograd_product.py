@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
@@ -51,7 +52,7 @@ class Product:
             for v in range(vectors):
                 sums.set(t, v, emit.constant(self.dtype, 0, lanes))
 
-        def step(k: Expr, value: Callable[[int], Expr]) -> None:
+        def step(k: Expr, value: Callable[[int], list[Expr]]) -> None:
             row = bind(weights + k * (vectors * lanes))
             columns = [bind(emit.load(self.weight, row + v * lanes, lanes)) for v in range(vectors)]
             if plan.streams:
@@ -60,7 +61,7 @@ class Product:
                 for offset in range(0, size, line):
                     emit.prefetch(self.weight, ahead + k * size + offset)
             for t in range(tiles):
-                x = bind(value(t))
+                x = [bind(part) for part in value(t)]
                 for v, column in enumerate(columns):
                     sums.set(t, v, self._multiply_add(sums.get(t, v), x, column))
 
@@ -71,7 +72,7 @@ class Product:
                 emit.store(self.products, offset, sums.get(t, v))
 
     def _steps(
-        self, tiles: int, source: Expr, step: Callable[[Expr, Callable[[int], Expr]], None]
+        self, tiles: int, source: Expr, step: Callable[[Expr, Callable[[int], list[Expr]]], None]
     ) -> None:
         """``step(k, x)`` for every input channel or pair of them; on a row that reads lanes, a load for several."""
         plan, lanes, count = self.plan, self.plan.lanes, self.isa.steps_a_load
@@ -84,7 +85,7 @@ class Product:
                     for t in range(tiles)
                 ]
                 for i in range(count):
-                    step(first + i, lambda t, i=i: tirx.Shuffle([loaded[t]], [i] * lanes))
+                    step(first + i, lambda t, i=i: self._lane(loaded[t], i))
         rest = plan.steps - groups * count
         if not rest:
             return
@@ -92,12 +93,20 @@ class Product:
             at = bind(k + groups * count) if groups else k
             step(
                 at,
-                lambda t: emit.broadcast(
-                    emit.load(self.inputs, source + at + t * plan.steps, 1), lanes
-                ),
+                lambda t: [
+                    emit.broadcast(emit.load(self.inputs, source + at + t * plan.steps, 1), lanes)
+                ],
             )
 
-    def _multiply_add(self, total: Expr, x: Expr, weight: Expr) -> Expr:
+    def _lane(self, value: Expr, step: int) -> list[Expr]:
         if self.dtype == "int32":
-            return emit.dot_pairs(self.isa, total, x, weight)
-        return emit.multiply_add(self.isa, x, weight, total)
+            return emit.spread_pairs(self.isa, value, step)
+        return [tirx.Shuffle([value], [step] * self.plan.lanes)]
+
+    def _multiply_add(self, total: Expr, x: list[Expr], weight: Expr) -> Expr:
+        if len(x) == 2:
+            pairs = T.reinterpret(emit.vector("int16", 2 * self.plan.lanes), weight)
+            return emit.multiply_halves(self.isa, total, x, pairs)
+        if self.dtype == "int32":
+            return emit.dot_pairs(self.isa, total, x[0], weight)
+        return emit.multiply_add(self.isa, x[0], weight, total)
