@@ -1,7 +1,7 @@
 """GPU architectures as rows of data: what their tensor cores take, how shared memory is filled, how large it is.
 
 Sources: the PTX ISA (which instruction from which ``sm`` on) and the CUDA C programming guide's table of compute
-capabilities (shared memory, threads and registers of a multiprocessor).
+capabilities (shared memory).
 """
 
 from __future__ import annotations
@@ -29,29 +29,27 @@ _MMA_K16 = "".join(
 class Arch:
     """A row: ``mma`` is the body of a 16 x 8 x 32 product of uint8 and int8 on registers ``c += a * b``.
 
-    ``async_copy``: shared memory is filled by ``cp.async``. ``sparse_mma``: ``mma.sp`` multiplies weights pruned 2:4 (no
-    kernel uses it yet). ``shared_bytes`` is what a block may declare statically, ``multiprocessors`` a usual card's.
+    ``async_copy``: shared memory is filled by ``cp.async``. ``shared_bytes`` is what a block may declare statically,
+    ``multiprocessors`` those of a usual card.
     """
 
     name: str
     mma: str
     mma_shape: str
     async_copy: bool
-    sparse_mma: bool
     multiprocessors: int
     shared_bytes: int = 48 * 1024
-    registers: int = 65536  # of a multiprocessor
     warp: int = 32
 
 
 def _ampere(name: str, multiprocessors: int) -> Arch:
-    return Arch(name, _MMA_K32, "m16n8k32", True, True, multiprocessors)
+    return Arch(name, _MMA_K32, "m16n8k32", True, multiprocessors)
 
 
 ARCHS = {
     row.name: row
     for row in (
-        Arch("sm_75", _MMA_K16, "m8n8k16", False, False, 40),  # T4
+        Arch("sm_75", _MMA_K16, "m8n8k16", False, 40),  # T4
         _ampere("sm_80", 108),  # A100
         _ampere("sm_86", 84),  # A40, RTX 3090
         _ampere("sm_87", 16),  # Jetson AGX Orin

@@ -96,6 +96,7 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     assert re.search(r"IDP\.4A\.U8\.S8", text)
     assert re.search(r"LDSM", text)
     assert bool(re.search(r"LDGSTS", text)) == ARCHS[name].async_copy
+    assert not re.search(r"\b(STL|LDL)\b", text)  # nothing spills to local memory
 
 
 def _disassembler() -> str | None:
