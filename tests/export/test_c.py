@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -145,6 +146,30 @@ def _made(folder: Path):
         return name
 
     return make
+
+
+def test_the_lines_of_the_folders_own_readme_build_and_use_it(single: Artifact, tmp_path: Path):
+    folder = exported(single, tmp_path / "net")
+    text = (folder / "README.md").read_text()
+    [line] = re.findall(r"^    (cc .*)$", text, re.MULTILINE)
+    subprocess.run(line.split(), cwd=folder, check=True)
+    x = example(1, 3, 32, 32).numpy()
+    assert support.run(folder, single, [x]) == support.wanted(single, [x])
+    [code] = re.findall(r"```c\n(.*?)```", text, re.DOTALL)
+    include, body = code.split("\n", 1)
+    arrays = "static float x[3 * 32 * 32], softmax[10];"
+    main = f"{include}\n#include <stdio.h>\n{arrays}\nint main(void) {{\n{body}\nreturn (int)status;\n}}\n"
+    (folder / "main.c").write_text(main)
+    subprocess.run(build(folder), cwd=folder, check=True)
+
+
+def test_the_example_of_the_document_builds(single: Artifact, tmp_path: Path):
+    folder = exported(single, tmp_path / "net")
+    document = Path(__file__).parents[2] / "docs" / "deploy.md"
+    [code] = re.findall(r"```c\n(.*?)```", document.read_text(), re.DOTALL)
+    (folder / "main.c").write_text(code)
+    done = subprocess.run(build(folder), cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "the size of an input or output is wrong\n"  # 224 x 224 for 32 x 32
 
 
 def test_a_kernel_is_called_with_the_layer_beside_it(floating: Artifact, tmp_path: Path):
