@@ -1,4 +1,4 @@
-"""Depthwise int8 convolution: a thread makes ``COLUMNS`` neighbouring pixels of four channels, its taps unrolled.
+"""Depthwise int8 convolution: a thread makes ``COLUMNS`` neighbouring pixels of four channels, a row of taps unrolled.
 
 Tensor cores have nothing to gain here: an output takes 9 or 25 products, and memory is the limit. Pixels of one thread share
 the columns that their windows have in common, and every weight.
@@ -71,11 +71,11 @@ class _Strip:
                 self.channel = bind(part * GROUP)
                 self.first = bind(strip * COLUMNS)
                 self.sums = accumulators(COLUMNS * GROUP, "int32", 0)
-                for tap_row in range(w.kernel[0]):
+                with T.serial(0, w.kernel[0]) as tap_row:
                     self._row_of_taps(image, row, tap_row)
                 self._store(bind((image * w.y.height + row) * w.y.width + self.first))
 
-    def _row_of_taps(self, image: Expr, row: Expr, tap_row: int) -> None:
+    def _row_of_taps(self, image: Expr, row: Expr, tap_row: Expr) -> None:
         w, (_, kernel_width) = self.workload, self.workload.kernel
         line = bind(row * w.stride[0] - w.padding[0] + tap_row * w.dilation[0])
         left = bind(self.first * w.stride[1] - w.padding[1])

@@ -15,7 +15,8 @@ from graphopt.backends.cuda import conv, dot
 from graphopt.backends.cuda.device import Device, synchronize
 from graphopt.backends.cuda.memory import build
 from tests.backends.cuda.harness import AMPERE, ConvCase, conv_workload
-from tests.backends.cuda.simt import Fault, run
+from tests.backends.cuda.simt import run
+from tests.backends.cuda.simt_memory import Fault
 from tests.backends.cuda.test_conv import SMALL
 
 THREADS = 64
