@@ -83,6 +83,8 @@ def test_wheel_holds_every_module_of_ours_and_nothing_else(wheel: Path) -> None:
     held = {name for name in names if name.endswith(".py")}
     assert {name for name in held if not name.startswith("graphopt/")} == set()
     assert held == _sources()
+    templates = (_ROOT / "graphopt" / "export" / "templates").iterdir()
+    assert {f"graphopt/export/templates/{path.name}" for path in templates} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

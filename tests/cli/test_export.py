@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import graphopt as go
-from graphopt.export import folder as export_folder
 from tests.cli.conftest import Cli
 
 FILES = ["CMakeLists.txt", "README.md", "main.c", "net.c", "net.h", "net.weights", "net_kernels.o"]
@@ -105,7 +104,7 @@ def test_what_is_interrupted_leaves_nothing(
             raise error
         return written(path, data)
 
-    monkeypatch.setattr(export_folder.Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     interrupted = isinstance(error, KeyboardInterrupt)
     result = cli("export", saved, "--c", "out", "--force", code=130 if interrupted else 1)
     if not interrupted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.models import randomize
 pytestmark = pytest.mark.slow
 
 
-def network(name: str, integer: bool, **options: object) -> tuple[Artifact, torch.Tensor]:
+def network(name: str, integer: bool, **options: Any) -> tuple[Artifact, torch.Tensor]:
     """The network with seeded weights, or the demo's own."""
     x = example(1, 3, 224, 224)
     if name == "efficientnet_lite0":

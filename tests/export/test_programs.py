@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ int main(int arguments, char **values) {
 """
 
 
-def small(make: type[Small] = Small, **options: object) -> Artifact:
+def small(make: type[Small] = Small, **options: Any) -> Artifact:
     return compiled(seeded(make), (example(1, 3, 32, 32),), integer=True, **options)
 
 
@@ -70,7 +71,7 @@ def test_a_run_allocates_nothing(here: Artifact, tmp_path: Path, threads: int):
     sources = ["counter.c", "counted.c", "counted_kernels.o"]
     command = ["gcc", "-std=c11", "-O1", "-w", *sources, "-lm", "-pthread", "-o", "counter"]
     subprocess.run(command, cwd=folder, check=True)
-    counter = [folder / "counter", folder / "counted.weights", str(threads)]
+    counter = [str(folder / "counter"), str(folder / "counted.weights"), str(threads)]
     printed = subprocess.run(counter, check=True, capture_output=True, text=True).stdout
     assert printed == "1 0\n"
 
