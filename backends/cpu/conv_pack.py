@@ -50,11 +50,14 @@ def _pack_weight(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> A
     return np.ascontiguousarray(np.concatenate(blocks, axis=1).reshape(-1))
 
 
-def _flipped_sums(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> Array:
+def _flipped_sums(
+    workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array
+) -> npt.NDArray[np.int32]:
     """``sum(flip * weight)`` of each output channel: what the products with ``x - flip`` leave out."""
     windows = _windows(workload, plan, weight).astype(np.int32)
     channel = np.arange(windows.shape[-1]) % INT8_STEP
-    sums = (windows * np.array(isa.flips, np.int32)[channel]).sum(axis=(2, 3), dtype=np.int32)
+    left_out = windows * np.array(isa.flips, np.int32)[channel]
+    sums: npt.NDArray[np.int32] = left_out.sum(axis=(2, 3), dtype=np.int32)
     return sums.reshape(-1)
 
 
@@ -98,7 +101,7 @@ def pack_conv2d(
         )
     start = folded_bias(workload, weight, bias)
     if any(isa.flips):
-        start = start + _flipped_sums(workload, plan, isa, weight)
+        start = start.astype(np.int32) + _flipped_sums(workload, plan, isa, weight)
     return [
         _pack_weight(workload, plan, isa, weight),
         _pack_channels(plan, start),

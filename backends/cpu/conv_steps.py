@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from tvm.tirx.script.builder import ir as T
 
@@ -82,15 +83,15 @@ class Steps:
                     for p in range(plan.pixels)
                 ]
                 for step in range(count):
-                    self._products(
-                        vectors,
-                        column + step * depth,
-                        lambda p, step=step: emit.spread_step(isa, pixels[p], step),
-                    )
+                    spread = partial(self._lane, pixels, step)
+                    self._products(vectors, column + step * depth, spread)
         if rest:
             with optional_loop(rest) as k:
                 k = groups * count + k
                 self.one(vectors, weights + k * depth, x_index + k * plan.step)
+
+    def _lane(self, loaded: list[Expr], step: int, p: int) -> list[Expr]:
+        return emit.spread_step(self.isa, loaded[p], step)
 
     @property
     def _pitch(self) -> int:

@@ -9,13 +9,8 @@ import tvm
 
 INT8_STEP = 4  # input channels an int8 step takes: one 32-bit broadcast of activations
 _FORMS = {"dot": 4, "pairs": 2, "long": 4}  # channels that one sum of products takes
-PAIRED = (
-    1,
-    2,
-    4,
-    6,
-    8,
-)  # two vectors are one load on ARM: odd numbers pair those of two steps, and spill
+# Vectors of a tile on ARM: two are one load, so that odd numbers pair those of two steps, and spill; so do six.
+PAIRED = (1, 2, 4)
 _LONG_WEIGHTS = 4  # registers a vector: two halves of two steps, which LLVM loads early. With 2 of them tiles spill
 
 

@@ -85,7 +85,7 @@ class Product:
                     for t in range(tiles)
                 ]
                 for i in range(count):
-                    step(first + i, lambda t, i=i: self._lane(loaded[t], i))
+                    step(first + i, self._lanes(loaded, i))
         rest = plan.steps - groups * count
         if not rest:
             return
@@ -98,10 +98,11 @@ class Product:
                 ],
             )
 
-    def _lane(self, value: Expr, step: int) -> list[Expr]:
+    def _lanes(self, loaded: list[Expr], step: int) -> Callable[[int], list[Expr]]:
+        """One step's inputs of a tile, of what was loaded for several."""
         if self.dtype == "int32":
-            return emit.spread_pairs(self.isa, value, step)
-        return [tirx.Shuffle([value], [step] * self.plan.lanes)]
+            return lambda t: emit.spread_pairs(self.isa, loaded[t], step)
+        return lambda t: [tirx.Shuffle([loaded[t]], [step] * self.plan.lanes)]
 
     def _multiply_add(self, total: Expr, x: list[Expr], weight: Expr) -> Expr:
         if len(x) == 2:

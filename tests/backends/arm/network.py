@@ -77,6 +77,8 @@ def run(artifact: Artifact, inputs: tuple[torch.Tensor, ...]) -> Arrays:
 def _make_weights(graph: Lowered, machine: Machine) -> None:
     """What a session does when it loads a file: weights that are stored in another form are transformed."""
     for made in graph.transforms:
-        out = np.zeros(made.result.shape, made.result.dtype)
+        (size,) = made.result.shape
+        assert isinstance(size, int)
+        out = np.zeros(size, made.result.dtype)
         array = machine.call(made.function, [graph.stored[made.result.name]], out)
         getattr(graph.module, made.result.name).data = torch.from_numpy(array.copy())

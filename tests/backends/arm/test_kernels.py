@@ -73,7 +73,11 @@ def _named(names: str | tuple[str, ...], value: Any) -> dict[str, Any]:
     return {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
 
 
-CASES = {label: rest for module in MODULES for label, *rest in _cases(module)}
+CASES = {
+    label: (function, arguments)
+    for module in MODULES
+    for label, function, arguments in _cases(module)
+}
 
 # One or two of each family: odd channels, a 7 x 7 first layer, groups, residuals, ties, the largest sums there are.
 QUICK = (
