@@ -47,8 +47,9 @@ class _Concat(nn.Module):
         self.both = nn.Conv2d(16, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [torch.relu(self.left(x)), torch.relu(self.right(x))]
-        return self.both(torch.cat(parts, dim=1))
+        x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], dim=1)
+        x = self.both(x)
+        return x
 
 
 @pytest.fixture(autouse=True)
