@@ -32,6 +32,7 @@ from graphopt.backends.cpu.sparse_forms import as_planar
 from graphopt.backends.cpu.winograd import winograd
 from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
 from graphopt.bench import markdown
+from graphopt.errors import BenchmarkError
 from graphopt.files import atomic_write
 
 ROWS = ("neon", "neon-dotprod", "neon-i8mm", "raspberry-pi-4", "raspberry-pi-5", "graviton3")
@@ -192,7 +193,7 @@ def cycles(body: list[str], processor: str) -> float:
         None,
     )
     if found is None:
-        raise FileNotFoundError("llvm-mca is not installed; apt-get install llvm-22 or llvm")
+        raise BenchmarkError("llvm-mca is not installed; apt-get install llvm-22 or llvm")
     code = "\n".join(line for line in body if not _BRANCH.match(line))
     command = [found, "-mtriple=aarch64", f"-mcpu={processor}", f"-mattr={_MATTR}"]
     command += [f"-iterations={_ITERATIONS}", "-instruction-info=0", "-resource-pressure=0"]

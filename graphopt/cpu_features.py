@@ -74,13 +74,17 @@ def cpu_features() -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """Return what the first processor calls itself, with family, model and stepping: ``AMD EPYC 26.2.1``."""
+    """Return what the first processor calls itself, with family, model and stepping: ``AMD EPYC 26.2.1``.
+
+    ARM cores have numbers: ``aarch64 0x41.0xd0b.1``, implementer, part and revision.
+    """
     if not _CPUINFO.exists():
         return platform.processor() or platform.machine()
     first, _, _ = _CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")
     fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     found = {key.strip(): value.strip() for key, value in fields.items()}
-    revision = [found[key] for key in ("cpu family", "model", "stepping") if key in found]
+    numbers = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
+    revision = [found[key] for key in numbers if key in found]
     return f"{found.get('model name', platform.machine())} {'.'.join(revision)}".strip()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +127,17 @@ def test_cpuinfo_keeps_what_every_processor_has() -> None:
     assert parse_cpuinfo(text) == {"fpu", "avx2"}
     assert parse_cpuinfo("Features\t: fp asimd asimddp\n") == {"fp", "asimd", "asimddp"}
     assert parse_cpuinfo("nothing here") == frozenset()
+
+
+def test_an_arm_core_is_called_by_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    core = "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n"
+    core += "CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
+    (tmp_path / "cpuinfo").write_text(core * 4)
+    monkeypatch.setattr(features_module, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(features_module.platform, "machine", lambda: "aarch64")
+    assert features_module.cpu_name() == "aarch64 0x41.0xd0b.1"
 
 
 def test_numpy_agrees_with_the_kernel_where_both_know_a_feature() -> None:
