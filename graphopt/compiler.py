@@ -137,7 +137,7 @@ class _Compiler:
         weights.update(lowered.stored)
         peaks = [_add_peak(lowered.functions, isa, dtype) for dtype in ("uint8", "float32")]
         built = self._timed(
-            "codegen", lambda: build_library(module, lowered.functions, isa.target())
+            "codegen", lambda: build_library(module, lowered.functions, isa.target(), weights)
         )
         weights.update(built.constants)
         report = CompileReport(

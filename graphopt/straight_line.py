@@ -7,7 +7,8 @@ virtual machine can run the same code (``graphopt export``). A tensor is its byt
 - ``storage i``: planned bytes that tensors share in turn;
 - ``result i``: a tensor that no other shares the memory with, which an output may be.
 
-A network that is no such line (a dynamic shape, a function of TVM's runtime) has ``refused``, a clause that names the operator.
+A network that is no such line (a dynamic shape, an element type that NumPy lacks, a function of TVM's runtime) has ``refused``,
+a clause that names the operator.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from graphopt.weights_file import ELEMENT_TYPES
 
 MEMORIES = ("input", "weight", "storage", "result")
 _TENSOR = re.compile(rf"({'|'.join(MEMORIES)}) (\d+)\+(\d+) (\w+) \[((?:\d+(?:, \d+)*)?)\]")
@@ -84,19 +87,25 @@ UNRECORDED = StraightLine(refused="it was not recorded")
 
 
 def from_json(body: Mapping[str, Any]) -> StraightLine:
-    """What ``to_json`` wrote; raises ``ValueError`` for anything else."""
+    """What ``to_json`` wrote. Raises ``ValueError`` for other values, ``KeyError`` and ``TypeError`` for other JSON."""
     if set(body) == {"refused"}:
         return StraightLine(refused=str(body["refused"]))
     line = StraightLine(
-        tuple(map(int, body["storages"])),
-        tuple(map(int, body["results"])),
+        tuple(map(_number, body["storages"])),
+        tuple(map(_number, body["results"])),
         tuple(map(_tensor, body["tensors"])),
         tuple(map(_call, body["calls"])),
-        tuple(map(int, body["outputs"])),
-        int(body["workspace"]),
+        tuple(map(_number, body["outputs"])),
+        _number(body["workspace"]),
     )
     _check(line)
     return line
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no whole number")
+    return value
 
 
 def _tensor(text: str) -> Tensor:
@@ -105,10 +114,8 @@ def _tensor(text: str) -> Tensor:
         raise ValueError(f"{text!r} is no tensor")
     memory, index, offset, dtype, sizes = match.groups()
     shape = tuple(map(int, sizes.split(", "))) if sizes else ()
-    try:
-        np.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"{text!r} is of no known dtype") from None
+    if dtype not in ELEMENT_TYPES:
+        raise ValueError(f"{text!r} is of no known dtype")
     return Tensor(memory, int(index), int(offset), dtype, shape)
 
 

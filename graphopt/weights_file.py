@@ -33,6 +33,7 @@ _DTYPES = MappingProxyType(
     }
 )
 _TAGS = MappingProxyType({name: tag for tag, name in _DTYPES.items()})
+ELEMENT_TYPES = frozenset(_TAGS)  # those that NumPy has without another package: no bfloat16
 
 
 class WeightsError(ValueError):

@@ -46,7 +46,10 @@ def test_a_tensor_and_a_call_are_a_line_of_text_each():
         ("calls", ["system();x 0"], "'system();x' is no name of a function"),
         ("calls", ["relayout 4"], "a call or an output names a tensor that is not there"),
         ("outputs", [-1], "a call or an output names a tensor that is not there"),
+        ("tensors", ["input 0+0 bfloat16 [1]"], "'input 0+0 bfloat16 [1]' is of no known dtype"),
         ("workspace", -1, "a size is negative"),
+        ("workspace", float("inf"), "inf is no whole number"),
+        ("storages", [256, "64"], "'64' is no whole number"),
         (
             "storages",
             [255, 64],

@@ -1,21 +1,27 @@
 """Constants between the kernels become parameters of ``main``, behind its weights: data is in one place of a file.
 
 ``main(x, w)`` that reads a folded table (a relative position bias, indices of a gather) becomes ``main(x, w, table)``.
+Constants of an element type that no file of weights holds (bfloat16) stay.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
 
+from graphopt.weights_file import ELEMENT_TYPES
+
 
 class LiftConstants:
-    """A pass, and in ``lifted`` the arrays of the parameters that it added, by their names."""
+    """A pass, and in ``lifted`` the arrays of the parameters that it added, by their names, none of which is ``taken``."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Collection[str]) -> None:
+        self._taken = taken
         self.lifted: dict[str, np.ndarray[Any, Any]] = {}
         self._parameters: dict[Any, relax.Var] = {}
         self.apply = tvm.transform.module_pass(self._apply, opt_level=0, name="LiftConstants")
@@ -44,7 +50,8 @@ class LiftConstants:
     def _lifted(self, value: Any) -> Any:
         """The expression with parameters for its constant tensors."""
         if isinstance(value, tvm.ir.GenericConst) and isinstance(value.ty, relax.TensorType):
-            return self._parameter(value)
+            held = str(value.ty.dtype).replace("T.", "") in ELEMENT_TYPES
+            return self._parameter(value) if held else value
         if isinstance(value, relax.Tuple):
             return relax.Tuple([self._lifted(field) for field in value.fields])
         if isinstance(value, tvm.ir.Call):
@@ -57,7 +64,8 @@ class LiftConstants:
         known = self._parameters.get(constant)
         if known is not None:
             return known
-        name = f"constant_{len(self._parameters)}"
+        names = (f"constant_{number}" for number in itertools.count())
+        name = next(n for n in names if n not in self._taken and n not in self.lifted)
         self.lifted[name] = constant.value.numpy()
         self._parameters[constant] = relax.Var(name, constant.ty)
         return self._parameters[constant]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,10 +228,13 @@ def _pipeline(
 
 
 def build_library(
-    module: tvm.IRModule, functions: Mapping[str, Any], target: tvm.target.Target
+    module: tvm.IRModule,
+    functions: Mapping[str, Any],
+    target: tvm.target.Target,
+    weights: Collection[str],
 ) -> Built:
-    """Compile the Relax module and the kernels it calls to a shared library."""
-    constants, recorder = LiftConstants(), Recorder()
+    """Compile the Relax module, whose weights are called ``weights``, and the kernels it calls to a shared library."""
+    constants, recorder = LiftConstants(weights), Recorder()
     pipeline = _pipeline(target, functions, constants, recorder)
     try:
         with tvm.transform.PassContext(opt_level=3, instruments=[recorder.workspaces]):

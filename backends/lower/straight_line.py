@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.ir.instrument import pass_instrument
 
 from graphopt.straight_line import Call, StraightLine, Tensor
+from graphopt.weights_file import ELEMENT_TYPES
 
 _ALIGNMENT = 64  # of every piece of workspace
 _LAST_WITH_WORKSPACES = "tirx.LowerTVMBuiltin"
@@ -82,16 +83,16 @@ class _RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Dynamic:
-    """A tensor whose size is known only when the code runs."""
+class _Unplaced:
+    """A tensor without a place: its size is known only when the code runs, or a line has no word for its elements."""
 
-    shape: str
+    cause: str
 
 
 class _Line:
     """Reads the bindings of one function.
 
-    A value is the number of a tensor, a tuple of values, a storage's number in a list, or ``_Dynamic``.
+    A value is the number of a tensor, a tuple of values, a storage's number in a list, or ``_Unplaced``.
     """
 
     def __init__(self, function: relax.Function) -> None:
@@ -115,8 +116,8 @@ class _Line:
         outputs = self._value(self.function.body.body)
         leaves = outputs if isinstance(outputs, tuple) else (outputs,)
         for leaf in leaves:
-            if isinstance(leaf, _Dynamic):
-                raise _RefusedError(f"an output has the dynamic shape {leaf.shape}")
+            if isinstance(leaf, _Unplaced):
+                raise _RefusedError(f"an output has {leaf.cause}")
         return StraightLine(
             tuple(self.storages),
             tuple(self.results),
@@ -127,8 +128,10 @@ class _Line:
 
     def _tensor(self, memory: str, index: int, offset: int, dtype: str, shape: Any) -> Any:
         sizes = _sizes(shape)
-        if isinstance(sizes, _Dynamic):
+        if isinstance(sizes, _Unplaced):
             return sizes
+        if dtype not in ELEMENT_TYPES:
+            return _Unplaced(f"the element type {dtype}")
         tensor = Tensor(memory, index, offset, dtype, sizes)
         if tensor not in self.numbers:
             self.numbers[tensor] = len(self.tensors)
@@ -156,26 +159,26 @@ class _Line:
         match name:
             case "relax.memory.alloc_storage":
                 sizes = _sizes(call.args[0])
-                if isinstance(sizes, _Dynamic):
+                if isinstance(sizes, _Unplaced):
                     return sizes
                 self.storages.append(*sizes)
                 return [len(self.storages) - 1]
             case "relax.memory.alloc_tensor":
                 storage = self._value(call.args[0])
-                if isinstance(storage, _Dynamic):
-                    return _Dynamic(_text(call.args[2]))
+                if isinstance(storage, _Unplaced):
+                    return _dynamic(call.args[2])
                 dtype = str(call.args[3].value)
                 return self._tensor("storage", storage[0], int(call.args[1]), dtype, call.args[2])
             case "relax.builtin.alloc_tensor":
                 dtype = str(call.args[1].value)
                 made = self._tensor("result", len(self.results), 0, dtype, call.args[0])
-                if not isinstance(made, _Dynamic):
+                if not isinstance(made, _Unplaced):
                     self.results.append(self.tensors[made].bytes)
                 return made
             case "relax.reshape":
                 source = self._value(call.args[0])
-                if isinstance(source, _Dynamic):
-                    return _Dynamic(_text(call.args[1]))
+                if isinstance(source, _Unplaced):
+                    return source
                 tensor = self.tensors[source]
                 place = tensor.memory, tensor.index, tensor.offset
                 return self._tensor(*place, tensor.dtype, call.args[1])
@@ -188,21 +191,21 @@ class _Line:
                 kind = type(argument).__name__
                 raise _RefusedError(f"operator {name!r} takes a {kind}, which is no tensor")
             value = self._value(argument)
-            if isinstance(value, _Dynamic):
-                raise _RefusedError(f"operator {name!r} takes the dynamic shape {value.shape}")
+            if isinstance(value, _Unplaced):
+                raise _RefusedError(f"operator {name!r} takes {value.cause}")
             arguments.append(value)
         self.calls.append(Call(name, tuple(arguments)))
 
 
-def _text(shape: Any) -> str:
+def _dynamic(shape: Any) -> _Unplaced:
     sizes = (getattr(size, "value", size) for size in shape)  # a number, or a symbol
-    return f"[{', '.join(map(str, sizes))}]"
+    return _Unplaced(f"the dynamic shape [{', '.join(map(str, sizes))}]")
 
 
-def _sizes(shape: Any) -> tuple[int, ...] | _Dynamic:
+def _sizes(shape: Any) -> tuple[int, ...] | _Unplaced:
     """The numbers of a shape."""
     if shape is None:
-        return _Dynamic("of unknown rank")
+        return _Unplaced("a shape of unknown rank")
     if not all(hasattr(value, "value") for value in shape):
-        return _Dynamic(_text(shape))
+        return _dynamic(shape)
     return tuple(int(value) for value in shape)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import graphopt as go
+from graphopt import manifest as manifest_file
 from tests.models import example
 
 
@@ -30,6 +33,22 @@ class TopK(nn.Module):
 class MixesTheBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(x.sum(0, keepdim=True) + x, (16,))
+
+
+class Named(nn.Module):
+    """A parameter that has the name of the first constant, and a constant that is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant_0 = nn.Parameter(torch.arange(8.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) * torch.arange(8, dtype=torch.float32) + self.constant_0
+
+
+class Bfloat16(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16().cumsum(1).float()
 
 
 def compiled(
@@ -67,6 +86,20 @@ def test_a_constant_is_a_weight_and_the_session_takes_it():
     for mine, theirs in zip(artifact.session()(x.numpy()), artifact.program(x), strict=True):
         # sums of 64 products of float32 below 4, in another order
         np.testing.assert_allclose(mine, theirs.detach().numpy(), atol=1e-4, rtol=0)
+
+
+def test_a_constant_takes_no_weights_name():
+    x = torch.arange(16.0).reshape(2, 8)  # whole numbers: exact
+    artifact = compiled(Named(), x)
+    assert {"constant_0", "constant_1"} <= set(artifact.weights)
+    assert (artifact.session()(x.numpy()) == Named()(x).detach().numpy()).all()
+
+
+def test_an_element_type_that_numpy_lacks_is_refused_and_the_manifest_can_be_read():
+    manifest = compiled(Bfloat16(), torch.ones(1, 4)).manifest
+    assert manifest.line.refused.endswith("takes the element type bfloat16")
+    body = json.loads(manifest.to_json({}))
+    assert manifest_file.from_json(body).line == manifest.line
 
 
 def test_the_workspace_is_that_of_the_greediest_kernel():
