@@ -33,14 +33,18 @@ def cross_compiler(triple: str) -> list[str]:
             *(sys.executable, "-m", "ziglang", "cc"),
             *("-target", f"{machine}-linux-gnu.{_GLIBC}"),
         ]
+    package = f"gcc-{machine.replace('_', '-')}-linux-gnu"
     raise CompileError(
         f"no compiler on this {architecture()} machine links for {machine}: install "
-        f"gcc-{machine}-linux-gnu (apt-get install gcc-{machine}-linux-gnu) or Zig (pip install ziglang)"
+        f"{machine}-linux-gnu-gcc (apt-get install {package}) or Zig (pip install ziglang)"
     )
 
 
 def linker(triple: str) -> Link | None:
-    """What TVM links a library for ``triple`` with; None for this machine's own compiler."""
+    """What TVM links a library for ``triple`` with; None for this machine's own compiler.
+
+    Raises ``CompileError`` where there is none, and when it links, where that fails.
+    """
     machine, _, system = triple.partition("-")
     extra = [option for name, options in _OPTIONS.items() if name in system for option in options]
     if machine == architecture() and not extra:
@@ -51,6 +55,9 @@ def linker(triple: str) -> Link | None:
         line = [*command, "-shared", "-fPIC", "-o", output, *objects, *extra, *options]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+            said = done.stderr.strip().partition("\n")[0]  # the linker's line, before its driver's
+            raise CompileError(
+                f"the compiled network could not be linked for {triple}: {' '.join(command)} failed: {said}; repair or reinstall it"
+            )
 
     return link

@@ -17,7 +17,7 @@ from graphopt.errors import CompileError
 
 _TRIPLE = "aarch64-unknown-linux-gnu"
 _NEITHER = (
-    "no compiler on this x86_64 machine links for aarch64: install gcc-aarch64-linux-gnu "
+    "no compiler on this x86_64 machine links for aarch64: install aarch64-linux-gnu-gcc "
     "(apt-get install gcc-aarch64-linux-gnu) or Zig (pip install ziglang)"
 )
 
@@ -74,15 +74,17 @@ def test_a_failed_link_shows_what_the_compiler_said(
     installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = tmp_path / "aarch64-linux-gnu-gcc"
-    compiler.write_text("#!/bin/sh\necho cannot find -lc >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\necho cannot find -lc >&2\necho ld returned 1 >&2\nexit 1\n")
     compiler.chmod(0o755)
     installed(zig=False)
     monkeypatch.setattr(shutil, "which", {compiler.name: str(compiler)}.get)
     function = link.linker(_TRIPLE)
     assert function is not None
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(CompileError) as caught:
         function(str(tmp_path / "out.so"), [], options=["-s"])
-    assert str(caught.value) == f"{compiler} failed: cannot find -lc"
+    assert str(caught.value) == (
+        f"the compiled network could not be linked for {_TRIPLE}: {compiler} failed: cannot find -lc; repair or reinstall it"
+    )
 
 
 def test_android_takes_its_c_library_from_the_process(
