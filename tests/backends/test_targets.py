@@ -136,7 +136,7 @@ def test_an_arm_core_is_called_by_its_numbers(
     core += "CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
     (tmp_path / "cpuinfo").write_text(core * 4)
     monkeypatch.setattr(features_module, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(features_module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert features_module.cpu_name() == "aarch64 0x41.0xd0b.1"
 
 
