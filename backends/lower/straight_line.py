@@ -187,6 +187,8 @@ class _Line:
     def _kernel(self, name: str, call: Any) -> None:
         arguments = []
         for argument in call.args:
+            if isinstance(argument, tvm.ir.GenericConst):  # LiftConstants left it
+                raise _RefusedError(f"operator {name!r} takes a constant of type {argument.ty}")
             if not isinstance(argument, relax.Var):
                 kind = type(argument).__name__
                 raise _RefusedError(f"operator {name!r} takes a {kind}, which is no tensor")

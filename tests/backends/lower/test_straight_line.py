@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import torch
@@ -49,6 +50,11 @@ class Named(nn.Module):
 class Bfloat16(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.bfloat16().cumsum(1).float()
+
+
+class Bfloat16Table(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.bfloat16() + torch.arange(8, dtype=torch.bfloat16)).float()
 
 
 def compiled(
@@ -100,6 +106,15 @@ def test_an_element_type_that_numpy_lacks_is_refused_and_the_manifest_can_be_rea
     assert manifest.line.refused.endswith("takes the element type bfloat16")
     body = json.loads(manifest.to_json({}))
     assert manifest_file.from_json(body).line == manifest.line
+
+
+def test_a_constant_that_no_file_of_weights_holds_stays_in_the_code():
+    x = torch.arange(8.0).reshape(1, 8)  # whole numbers below 2**8: exact in bfloat16
+    artifact = compiled(Bfloat16Table(), x)
+    assert not artifact.weights
+    refused = artifact.manifest.line.refused
+    assert re.fullmatch(r"operator '\w+' takes a constant of type .*bfloat16.*", refused), refused
+    assert (artifact.session()(x.numpy()) == Bfloat16Table()(x).numpy()).all()
 
 
 def test_the_workspace_is_that_of_the_greediest_kernel():
