@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,11 +174,17 @@ def _transform(value: Mapping[str, Any]) -> WeightTransform:
     return WeightTransform(**{**value, "result": _spec(value["result"])})
 
 
-def _line(value: Mapping[str, Any]) -> StraightLine:
+def _line(value: Mapping[str, Any], inputs: int, weights: int) -> StraightLine:
+    """The line of a network with so many inputs and weights."""
+    counts = {"input": inputs, "weight": weights}
     try:
-        return straight_line.from_json(value)
+        line = straight_line.from_json(value)
+        for tensor in line.tensors:
+            if tensor.index >= counts.get(tensor.memory, math.inf):
+                raise ValueError(f"tensor {str(tensor)!r} is of no {tensor.memory} of the network")
     except ValueError as error:
         raise ManifestError(f"its line of calls is malformed: {error}") from error
+    return line
 
 
 def check_structure(structure: Any, count: int) -> None:
@@ -210,7 +217,7 @@ def from_json(body: Mapping[str, Any]) -> Manifest:
             values[key] = tuple(read(item) for item in values[key])
         for key in ("features", "weights", "history"):
             values[key] = tuple(values[key])
-        values["line"] = _line(values["line"])
+        values["line"] = _line(values["line"], len(values["inputs"]), len(values["weights"]))
         manifest = Manifest(**values)
         check_structure(manifest.output_structure, len(manifest.outputs))
     except (KeyError, TypeError, AttributeError, IndexError) as error:

@@ -22,6 +22,7 @@ from graphopt.artifact import Artifact, check_writable, read_artifact
 from graphopt.errors import ArtifactError, TargetError
 from graphopt.files import atomic_write
 from graphopt.manifest import Dim, Kernel, Manifest, Peak, TensorSpec
+from graphopt.straight_line import StraightLine, Tensor
 from tests import compiled
 
 Members = dict[str, bytes]
@@ -66,6 +67,10 @@ def _edit_manifest(path: Path, edit: Callable[[dict[str, object]], object]) -> N
     _write(path, {**members, "manifest.json": json.dumps(body).encode()})
 
 
+def _line(tensor: str) -> dict[str, Any]:
+    return {**StraightLine().to_json(), "tensors": [tensor]}
+
+
 def test_a_saved_artifact_loads_equal(saved: Path) -> None:
     original, loaded = _artifact(), Artifact.load(saved)
     assert loaded.manifest == original.manifest
@@ -88,6 +93,7 @@ def test_every_field_of_the_manifest_survives(tmp_path: Path) -> None:
         "versions": {"apache-tvm": "0.27.0.post1"},
         "output_structure": {"dict": [["a", 0], ["b", {"list": [1, {"value": None}]}]]},
         "threads": 2,
+        "line": StraightLine(tensors=(Tensor("input", 0, 0, "int8", (2,)),), outputs=(0,)),
     }
     original = _artifact(**changes)
     assert Artifact.load(original.save(tmp_path / "m.gopt")).manifest == original.manifest
@@ -235,17 +241,17 @@ def test_a_member_of_another_hash_or_size_is_refused(saved: Path) -> None:
         (lambda data: data + b"more", "is cut off, too long or too large"),
     ],
 )
-def test_a_library_that_does_not_inflate_is_refused(
-    saved: Path, change: Callable[[bytes], bytes], reason: str
+@pytest.mark.parametrize("member", ["model.so.zlib", "model.o.zlib"])
+def test_code_that_does_not_inflate_is_refused(
+    saved: Path, member: str, change: Callable[[bytes], bytes], reason: str
 ) -> None:
     members = _members(saved)
-    library = change(members["model.so.zlib"])
+    code = change(members[member])
     body = json.loads(members["manifest.json"])
-    entry = {"sha256": hashlib.sha256(library).hexdigest(), "size": len(library)}
-    body["members"]["model.so.zlib"] = entry
+    body["members"][member] = {"sha256": hashlib.sha256(code).hexdigest(), "size": len(code)}
     manifest = json.dumps(body).encode()
-    _write(saved, {**members, "manifest.json": manifest, "model.so.zlib": library})
-    assert _refusal(saved) == f"member 'model.so.zlib' {reason}"
+    _write(saved, {**members, "manifest.json": manifest, member: code})
+    assert _refusal(saved) == f"member {member!r} {reason}"
 
 
 def test_another_format_version_is_refused_by_name(saved: Path) -> None:
@@ -263,6 +269,15 @@ def test_another_format_version_is_refused_by_name(saved: Path) -> None:
         (lambda body: body.pop("inputs"), "a field is missing or malformed"),
         (lambda body: body.update(inputs=[{"name": "x"}]), "a field is missing or malformed"),
         (lambda body: body["inputs"][0].update(shape=[-1]), "-1 is no dimension"),
+        (
+            lambda body: body.update(line=_line("input 9+0 int8 []")),
+            "is of no input of the network",
+        ),
+        (lambda body: body.update(line=_line("weight 9+0 int8 []")), "is of no weight of the net"),
+        (
+            lambda body: body.update(line=_line("input 0")),
+            "its line of calls is malformed: 'input 0'",
+        ),
         (lambda body: body.update(output_structure=4), "4 is no structure of 4 outputs"),
         (lambda body: body.update(output_structure={"set": []}), "'set' is no kind of output"),
     ],

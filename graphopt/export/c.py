@@ -69,7 +69,12 @@ def export_c(
             "give one of lower-case letters, digits and underscores"
         )
     check_folder(Path(folder), force)
-    kernels = _kernels(artifact, name)
+    try:
+        kernels = _kernels(artifact, name)
+    except elf.ElfError as error:
+        raise ExportError(
+            f"the object file in the model cannot be read: {error}; compile the model again"
+        ) from error
     layout = lay_out(artifact)
     sources = _sources(artifact, layout, name)
     files = {name: text.encode() for name, text in sources.items()}

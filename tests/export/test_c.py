@@ -198,6 +198,11 @@ def test_an_artifact_without_an_object_file_is_refused(single: Artifact, tmp_pat
         ExportError, match=r"^the model is compiled for .*, whose kernels are in no ELF"
     ):
         export_c(dataclasses.replace(single, kernels=b""), tmp_path / "net")
+    with pytest.raises(ExportError) as caught:
+        export_c(dataclasses.replace(single, kernels=single.kernels[:-1]), tmp_path / "net")
+    assert str(caught.value) == (
+        "the object file in the model cannot be read: its section headers are cut off; compile the model again"
+    )
     other = elf.renamed(
         single.kernels, {"__tvm_ffi_" + single.manifest.line.calls[0].function: "x"}
     )
