@@ -13,6 +13,7 @@ from graphopt.errors import CompileError
 from graphopt.index_bounds import index_bounds
 from graphopt.manifest import Dim, TensorSpec
 from graphopt.program import Program
+from graphopt.weights_file import ELEMENT_TYPES
 
 
 def _spec(node: Any, program: Program) -> TensorSpec:
@@ -21,7 +22,13 @@ def _spec(node: Any, program: Program) -> TensorSpec:
     shape = tuple(
         Dim(str(s), low, high) if isinstance(s, torch.SymInt) else int(s) for s in value.shape
     )
-    return TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape)
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in ELEMENT_TYPES:
+        kind = "input" if node.op == "placeholder" else "output"
+        raise CompileError(
+            f"{kind} {node.name!r} is {dtype}, which NumPy has no type for; convert it in the model, with .float() say"
+        )
+    return TensorSpec(node.name, dtype, shape)
 
 
 def input_specs(program: Program, unaligned: frozenset[str]) -> tuple[TensorSpec, ...]:
