@@ -18,14 +18,23 @@ def generator_version(root: str = f"{_PACKAGE}.cpu.trial") -> str:
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        spec = importlib.util.find_spec(name)
-        if name in code or spec is None or spec.origin is None:
+        path = _source(name)
+        if name in code or path is None:
             continue
-        tree = _without_docstrings(ast.parse(Path(spec.origin).read_text()))
+        tree = _without_docstrings(ast.parse(path.read_text()))
         code[name] = ast.dump(tree)
         waiting += _imported(tree)
     text = "".join(f"{name} {code[name]}" for name in sorted(code))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(name: str) -> Path | None:
+    """The file of a module; None where the name is something in a module."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -29,7 +29,7 @@ def x() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def quantized(x: torch.Tensor) -> go.Program:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 24, 2), nn.ReLU(), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 8, 4), nn.ReLU(), nn.Conv2d(8, 24, 2), nn.ReLU(), nn.Flatten())
     program = go.capture(net.eval(), (x,))
     return go.passes.Quantize(calibration=[x])(program)
 
