@@ -8,29 +8,19 @@ import numpy as np
 import torch
 
 import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
-from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, QuantizedAdd, Requantize
+from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout
 from graphopt.backends.cuda.arch import ARCHS, Arch
 from graphopt.backends.cuda.conv import conv
 from graphopt.backends.cuda.conv_pack import pack_conv, pack_depthwise, pack_dot
 from graphopt.backends.cuda.conv_plan import Tile, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise
 from graphopt.backends.cuda.dot import dot_conv
+from tests.backends.cpu.conv_harness import REQUANTIZE, RESIDUAL_ADD
 from tests.backends.cuda.simt import run
 
 Array = np.ndarray[Any, Any]
 
 AMPERE = ARCHS["sm_80"]
-REQUANTIZE = Requantize(zero_point=3, qmin=0, qmax=255)
-RESIDUAL_ADD = QuantizedAdd(
-    a_multiplier=700_001,
-    b_multiplier=-300_007,
-    shift=20,
-    a_zero_point=3,
-    b_zero_point=9,
-    zero_point=101,
-    qmin=5,
-    qmax=250,
-)
 
 
 def in_fours(channels: int) -> int:

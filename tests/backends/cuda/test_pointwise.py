@@ -8,7 +8,8 @@ import torch
 
 from graphopt.backends.cpu.workload import Activation, Add, Concat, Convert, Layout, Mul, Requantize
 from graphopt.backends.cuda.pointwise import add, concat, convert, mul
-from tests.backends.cuda.harness import RESIDUAL_ADD, Array, image, logical, stored, to_torch
+from tests.backends.cpu.conv_harness import RESIDUAL_ADD
+from tests.backends.cuda.harness import Array, image, logical, stored, to_torch
 from tests.backends.cuda.simt import run
 
 RNG = np.random.default_rng(2)
