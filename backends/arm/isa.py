@@ -27,7 +27,6 @@ NEON = Isa(
     registers=32,
     dot_intrinsic="llvm.aarch64.neon.smull",
     pair_intrinsic="",
-    dot_group=4,
     dot_accumulates=True,
     fma=True,
     pack_words="llvm.aarch64.neon.sqxtn",

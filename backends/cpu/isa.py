@@ -40,7 +40,6 @@ class Isa:
     registers: int
     dot_intrinsic: str
     pair_intrinsic: str  # of int16 pairs; adds to its first operand where dot_intrinsic does. Empty: widening multiplies
-    dot_group: int
     dot_accumulates: bool
     fma: bool
     pack_words: str  # two vectors of int32 to int16, saturating, by 128-bit parts
@@ -56,11 +55,15 @@ class Isa:
     l2_bytes_a_cycle: float = 32.0
 
     def __post_init__(self) -> None:
-        if self.dot_group != _FORMS.get(self.form):
+        if self.form not in _FORMS:
             raise ValueError(
-                f"row {self.name!r} says form {self.form!r} and dot_group {self.dot_group}; "
-                f"the forms and their groups are {_FORMS}"
+                f"row {self.name!r} says form {self.form!r}; the forms are {', '.join(_FORMS)}"
             )
+
+    @property
+    def dot_group(self) -> int:
+        """Channels that one sum of products takes."""
+        return _FORMS[self.form]
 
     @property
     def vector_bytes(self) -> int:
