@@ -1,0 +1,75 @@
+"""Operands and sums of a warp's tensor-core products in registers: how they come from shared memory, which element is whose.
+
+An operand is rows of k: 16 rows x 32 bytes are one fragment of the first operand of ``mma.m16n8``, or two neighbouring ones
+of the second, whose columns are then those rows. Either takes one ``ldmatrix.x4``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu.emit import Expr, bind
+from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile
+
+MMA_ROWS, MMA_COLUMNS = 16, 8
+MMA_BYTES = 32  # of k in one product
+ROWS = 16  # of a tile that one load takes
+_REGISTERS = 4  # of one load
+
+
+class Operand:
+    """The fragments of ``rows`` rows of a tile from ``first_row`` on; ``left``: they are the product's rows, not columns."""
+
+    def __init__(
+        self, device: Device, tile: SharedTile, lane: Expr, first_row: Expr, rows: int, left: bool
+    ) -> None:
+        self.device, self.tile = device, tile
+        self.loads = rows // ROWS
+        matrix, line = bind(tirx.floordiv(lane, 8)), bind(tirx.floormod(lane, 8))
+        half, pair = tirx.floormod(matrix, 2), tirx.floordiv(matrix, 2)
+        # left: rows 0-7 and 8-15 of the first 16 bytes, then of the others; right: both halves of k for 8 rows, then the next
+        row, chunk = (half, pair) if left else (pair, half)
+        self.row = bind(first_row + row * 8 + line)
+        self.column = bind(chunk * CHUNK)
+        self.step = _REGISTERS if left else _REGISTERS // 2
+        self.registers = T.alloc_buffer((self.loads * _REGISTERS,), "uint32", scope="local")
+
+    def load(self, stage: Expr, k: int) -> None:
+        """Bytes ``k .. k + 32`` of every row, of the stage that begins at ``stage``."""
+        for i in range(self.loads):
+            place = self.tile.place(stage, self.row + i * ROWS, self.column + k)
+            self.device.load_matrices(T.address_of(self.registers[_REGISTERS * i]), place)
+
+    def fragment(self, index: int) -> Expr:
+        """The address of the registers of 16 rows of a left operand, of 8 of a right one."""
+        return T.address_of(self.registers[self.step * index])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A register of the sums: row and column of its element within the block's tile of products, and its number."""
+
+    row: Expr
+    column: Expr
+    register: int
+
+
+def sums_of(
+    lane: Expr, first_row: Expr, first_column: Expr, row_tiles: int, column_tiles: int
+) -> list[Sum]:
+    """The registers of ``row_tiles x column_tiles`` products, four each, row by row; neighbours lie along a row."""
+    row = bind(first_row + tirx.floordiv(lane, 4))
+    column = bind(first_column + tirx.floormod(lane, 4) * 2)
+    found = []
+    for j in range(column_tiles):
+        for i in range(row_tiles):
+            for half in range(2):
+                for odd in range(2):
+                    register = (i * column_tiles + j) * 4 + half * 2 + odd
+                    at = row + i * MMA_ROWS + half * 8, column + j * MMA_COLUMNS + odd
+                    found.append(Sum(*at, register))
+    return found

@@ -1,0 +1,61 @@
+"""Tiles of rows in shared memory, in stages: chunks of 16 bytes, swapped so that what is read together lies in different banks.
+
+A line of the banks is 128 bytes. Of rows of ``width`` bytes, ``128 / width`` fill one; row r holds its chunk c at
+``c ^ (r / (128 / width) % (width / 16))``: the eight rows that ``ldmatrix`` reads together then touch each bank once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu.emit import Buffer, Expr, bind
+from graphopt.backends.cuda.device import Device
+
+CHUNK = 16  # bytes that ldmatrix takes of a row
+_LINE = 128  # bytes of all banks
+
+
+@dataclass(frozen=True)
+class SharedTile:
+    """``stages`` tiles of ``rows`` rows of ``width`` bytes, from byte ``first`` of a block's shared memory on."""
+
+    memory: Buffer
+    first: int
+    rows: int
+    width: int
+    stages: int
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the tiles."""
+        return self.first + self.stages * self.rows * self.width
+
+    def stage(self, index: Expr) -> Expr:
+        """Where a stage begins."""
+        return bind(self.first + index * (self.rows * self.width))
+
+    def place(self, stage: Expr, row: Expr, column: Expr) -> Expr:
+        """The address of byte ``column`` of a row, its chunks swapped as the module says."""
+        turn = tirx.floordiv(row, _LINE // self.width)
+        chunk = tirx.floordiv(column, CHUNK) ^ tirx.floormod(turn, self.width // CHUNK)
+        at = stage + row * self.width + chunk * CHUNK + tirx.floormod(column, CHUNK)
+        return T.address_of(self.memory[at])
+
+    def copy_whole(
+        self, device: Device, source: Buffer, first: Expr, stage: Expr, thread: Expr, threads: int
+    ) -> None:
+        """Ask for a whole tile whose rows lie behind one another, from element (byte) ``first`` of ``source`` on."""
+        size = self.rows * self.width
+        base = self.stage(stage)
+        for start in range(0, size, threads * CHUNK):
+            offset = bind(thread * CHUNK + start)
+            row, column = tirx.floordiv(offset, self.width), tirx.floormod(offset, self.width)
+            target, address = self.place(base, row, column), T.address_of(source[first + offset])
+            if size - start >= threads * CHUNK:
+                device.copy(target, address, CHUNK)
+                continue
+            with T.If(offset < size), T.Then():
+                device.copy(target, address, CHUNK)
