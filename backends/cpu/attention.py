@@ -102,7 +102,8 @@ class _Kernel:
             with T.serial(first, last) as index:
                 row = bind(minimum(index * pixels, workload.rows - pixels))
                 self._scores(lead, row, keys, scores)
-                self._exponentials(lead, row, scores, inverse)
+                self._bases(lead, row, scores, inverse)
+                self._exponentials(scores, inverse)
                 self._outputs(lead, row, scores, values, inverse)
 
     def _keys(self, lead: list[Expr]) -> Matrix:
@@ -130,47 +131,55 @@ class _Kernel:
         query = replace(query, start=bind(query.at(row, 0)))
 
         def finish(p: int, column: Expr, total: Expr, lanes: int) -> None:
-            scaled = total * constant("float32", self.workload.scale, lanes)
-            store(scores.buffer, scores.at(p, column), scaled)
+            store(scores.buffer, scores.at(p, column), total)
 
         depth = self.workload.depth
         tile_product(self.isa, query, keys, self.scores_tile, depth, self.stride, finish)
 
-    def _exponentials(self, lead: list[Expr], row: Expr, scores: Matrix, inverse: Buffer) -> None:
-        """Each row of scores by its exponentials, and the inverse of their sum: 0 where all are masked."""
-        workload = self.workload
+    def _bases(self, lead: list[Expr], row: Expr, scores: Matrix, bases: Buffer) -> None:
+        """Scale and mask the scores; the largest of each row, 0 where all are masked.
+
+        In a loop of its own: beside the exponentials a row waits for its largest score, 1.1 times as long a kernel.
+        """
         with loop(self.scores_tile[0]) as p:
             line = bind(p * self.stride)
             self._mask(lead, row + p, scores, line)
-            for first, lanes in pieces(self.stride - workload.keys):
+            for first, lanes in pieces(self.stride - self.workload.keys):
                 least = constant("float32", -math.inf, lanes)
-                store(scores.buffer, line + workload.keys + first, least)
+                store(scores.buffer, line + self.workload.keys + first, least)
+            most = fold(
+                self.stride,
+                self.isa.lanes,
+                -math.inf,
+                largest,
+                lambda offset, lanes: load(scores.buffer, line + offset, lanes),
+            )
+            nothing = most == constant("float32", -math.inf)
+            store(bases, p, select(nothing, constant("float32", 0.0), most))
 
-            def value(offset: Expr, lanes: int) -> Expr:
-                return load(scores.buffer, line + offset, lanes)
+    def _exponentials(self, scores: Matrix, bases: Buffer) -> None:
+        """Each row of scores by its exponentials, its base by the inverse of their sum: 0 where all are masked."""
+        with loop(self.scores_tile[0]) as p:
+            line, base = bind(p * self.stride), bind(load(bases, p, 1))
 
             def emit_exponential(offset: Expr, lanes: int) -> Expr:
-                power = bind(exponential(value(offset, lanes) - broadcast(base, lanes), lanes))
+                score = load(scores.buffer, line + offset, lanes)
+                power = bind(exponential(score - broadcast(base, lanes), lanes))
                 store(scores.buffer, line + offset, power)
                 return power
 
             zero = constant("float32", 0.0)
-            most = fold(self.stride, self.isa.lanes, -math.inf, largest, value)
-            nothing = most == constant("float32", -math.inf)
-            base = bind(select(nothing, zero, most))
             total = fold(self.stride, self.isa.lanes, 0.0, plus, emit_exponential)
-            share = select(total == zero, zero, constant("float32", 1.0) / total)
-            store(inverse, p, share)
+            store(bases, p, select(total == zero, zero, constant("float32", 1.0) / total))
 
     def _mask(self, lead: list[Expr], row: Expr, scores: Matrix, line: Expr) -> None:
-        """Add the mask; -inf above the diagonal of a causal one."""
+        """Scale a row and add the mask; -inf above the diagonal of a causal one."""
         workload = self.workload
-        if workload.mask is None and not workload.causal:
-            return
         row = bind(row)
 
         def emit(column: Expr, lanes: int) -> None:
             value = load(scores.buffer, line + column, lanes)
+            value = value * constant("float32", workload.scale, lanes)
             if workload.mask is not None:
                 value = value + self._mask_vector(lead, row, column, lanes)
             if workload.causal:
