@@ -1,4 +1,4 @@
-"""int8 convolution and linear as an implicit matrix product on tensor cores: ``uint8 x int8 -> int32``, exact.
+"""Convolution and linear as an implicit matrix product on tensor cores: bytes to int32, exact; float16 and tf32 to float32.
 
 A block makes ``rows x columns`` outputs (``conv_plan``). Tiles of x (``conv_windows``) and of the weight go to shared memory in
 ``STAGES`` stages, ``STEP`` bytes of k each; warps multiply them (``fragments``) and the sums go out through ``conv_store``.
@@ -20,26 +20,31 @@ from graphopt.backends.cuda.conv_plan import STAGES, STEP, ConvPlan
 from graphopt.backends.cuda.conv_store import ConvStore, Result
 from graphopt.backends.cuda.conv_windows import BlockPlace, Windows
 from graphopt.backends.cuda.device import Device, synchronize
-from graphopt.backends.cuda.fragments import MMA_BYTES, MMA_COLUMNS, MMA_ROWS, Operand, sums_of
+from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS, Operand, sums_of
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
+from graphopt.backends.cuda.products import FRAGMENT_BYTES
 from graphopt.backends.cuda.shared_tile import SharedTile
 from graphopt.backends.cuda.stream import accumulators
 
 
 def conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
-    """The kernel ``(x, weight, bias, multiplier, [residual], y)`` of packed constants; see ``pack_conv``."""
-    workload = plan.workload
+    """The kernel of packed constants: ``(x, weight, bias, multiplier, [residual], y)`` of integers (``pack_conv``),
+    ``(x, weight, bias, [residual], y)`` of floats (``pack_float_conv``).
+    """
+    workload, product = plan.workload, plan.product
+    assert product.name in arch.products
     x, y = workload.x, workload.y
     shape = (
         f"{y.height}x{y.width}x{x.channels}x{y.channels}_{workload.kernel[0]}x{workload.kernel[1]}"
     )
-    key = (replace(workload, x=replace(x, fill=0), y=replace(y, fill=0)), plan.tile, arch.name)
-    name = kernel_name("cuda_conv", shape, key)
+    plain = replace(workload, x=replace(x, fill=0), y=replace(y, fill=0))
+    name = kernel_name("cuda_conv", shape, (plain, plan.tile, product, arch.name))
+    channels = plan.padded_channels
     arguments = [
         activation("x", x),
-        Argument("weight", (plan.padded_channels * plan.steps * STEP,), "int8"),
-        Argument("bias", (plan.padded_channels,), "int32"),
-        Argument("multiplier", (plan.padded_channels,), "float32"),
+        Argument("weight", (channels * plan.steps * plan.step_elements,), product.weight),
+        Argument("bias", (channels,), product.sums),
+        *([Argument("multiplier", (channels,), "float32")] if product.is_integer else []),
         *([] if workload.residual is None else [activation("residual", workload.residual)]),
         activation("y", y),
     ]
@@ -76,14 +81,15 @@ class _Block:
     def _main_loop(self) -> Buffer:
         """The sums of products in the thread's registers."""
         device, steps = self.device, self.plan.steps
-        sums = accumulators(self.row_tiles * self.column_tiles * 4, "int32", 0)
+        product = self.plan.product
+        sums = accumulators(self.row_tiles * self.column_tiles * 4, product.sums, 0)
         x = View(self.plan.workload.x, self.flats[0])
         windows = Windows(self.plan, device, self.place, x, self.x_tile)
         lane = bind(tirx.floormod(self.place.thread, 32))
         warp_row, warp_column = self._warp()
         tile = self.tile
-        a = Operand(device, self.x_tile, lane, warp_row, tile.warp_rows, left=True)
-        b = Operand(device, self.w_tile, lane, warp_column, tile.warp_columns, left=False)
+        a = Operand(device, self.x_tile, lane, warp_row, tile.warp_rows, True, product.rounds)
+        b = Operand(device, self.w_tile, lane, warp_column, tile.warp_columns, False)
         for stage in range(STAGES - 1):
             if stage < steps:
                 self._copy(windows, stage, stage)
@@ -103,7 +109,7 @@ class _Block:
     def _copy(self, windows: Windows, step: Expr, stage: Expr) -> None:
         """Ask for step ``step`` of both tiles."""
         windows.copy(step, stage)
-        size = self.tile.columns * STEP
+        size = self.tile.columns * self.plan.step_elements
         source = bind((self.column_tile * self.plan.steps + step) * size)
         thread, threads = self.place.thread, self.tile.threads
         self.w_tile.copy_whole(self.device, self.flats[1], source, stage, thread, threads)
@@ -111,13 +117,13 @@ class _Block:
     def _multiply(self, sums: Buffer, a: Operand, b: Operand, stage: Expr) -> None:
         """The warp's products of one stage."""
         x_stage, w_stage = self.x_tile.stage(stage), self.w_tile.stage(stage)
-        for k in range(0, STEP, MMA_BYTES):
+        for k in range(0, STEP, FRAGMENT_BYTES):
             a.load(x_stage, k)
             b.load(w_stage, k)
             for i in range(self.row_tiles):
                 for j in range(self.column_tiles):
                     c = T.address_of(sums[(i * self.column_tiles + j) * 4])
-                    self.device.multiply(c, a.fragment(i), b.fragment(j))
+                    self.device.multiply(self.plan.product, c, a.fragment(i), b.fragment(j))
 
     def _warp(self) -> tuple[Expr, Expr]:
         """First row and column of the warp within the tile."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends.cuda.conv_plan import GROUP, STEP, ConvPlan
+from graphopt.backends.cuda.conv_plan import GROUP, ConvPlan
 
 Array = np.ndarray[Any, Any]
 
@@ -25,21 +25,40 @@ def padded(values: Array, size: int) -> Array:
     return result
 
 
-def pack_conv(plan: ConvPlan, weight: Array, bias: Array, multiplier: Array) -> list[Array]:
-    """Weight OIHW as ``[column tile][step][column][STEP]`` (k = tap, channel), bias and multiplier of whole tiles."""
+def _tiled(plan: ConvPlan, weight: Array) -> Array:
+    """Weight OIHW as ``[column tile][step][column][STEP bytes]`` (k = tap, channel), zeros where there is none."""
     out, channels, height, width = weight.shape
-    taps = np.zeros((plan.padded_channels, height, width, plan.tap_channels), np.int8)
+    taps = np.zeros((plan.padded_channels, height, width, plan.tap_channels), weight.dtype)
     taps[:out, :, :, :channels] = weight.transpose(0, 2, 3, 1)
-    rows = np.zeros((plan.padded_channels, plan.steps * STEP), np.int8)
+    rows = np.zeros((plan.padded_channels, plan.steps * plan.step_elements), weight.dtype)
     rows[:, : plan.depth] = taps.reshape(plan.padded_channels, -1)
-    columns = plan.tile.columns
-    tiled = rows.reshape(plan.column_tiles, columns, plan.steps, STEP).transpose(0, 2, 1, 3)
+    shape = (plan.column_tiles, plan.tile.columns, plan.steps, plan.step_elements)
+    return np.ascontiguousarray(rows.reshape(shape).transpose(0, 2, 1, 3)).reshape(-1)
+
+
+def pack_conv(plan: ConvPlan, weight: Array, bias: Array, multiplier: Array) -> list[Array]:
+    """int8 weight OIHW as ``conv`` reads it, bias and multiplier of whole tiles."""
     shifted = shifted_bias(weight, bias, plan.workload.x_zero_point)
     return [
-        np.ascontiguousarray(tiled).reshape(-1),
+        _tiled(plan, weight),
         padded(shifted, plan.padded_channels),
         padded(multiplier, plan.padded_channels),
     ]
+
+
+def round_tf32(values: Array) -> Array:
+    """float32 to tf32: the low 13 bits of 23 are dropped, to nearest, ties away from zero. NaN and infinities stay."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    result: Array = np.where(np.isfinite(values), rounded.view(np.float32), values)
+    return result
+
+
+def pack_float_conv(plan: ConvPlan, weight: Array, bias: Array | None) -> list[Array]:
+    """float32 weight OIHW as ``conv`` reads it, rounded to the plan's product, and the float32 bias of whole tiles."""
+    rounded = round_tf32(weight) if plan.product.rounds else weight.astype(plan.product.weight)
+    shift = np.zeros(len(weight), np.float32) if bias is None else bias.astype(np.float32)
+    return [_tiled(plan, rounded), padded(shift, plan.padded_channels)]
 
 
 def pack_dot(

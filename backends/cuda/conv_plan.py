@@ -1,7 +1,7 @@
-"""How an int8 convolution is cut for tensor cores: the block's tile, its warps, what one copy moves, how weights lie.
+"""How a convolution is cut for tensor cores: the block's tile, its warps, what one copy moves, how weights lie.
 
 ``y[m, o] = sum_k x[m, k] * w[o, k]`` with ``m = (image, row, column)`` and ``k = (tap row, tap column, channel)``, the
-channels of a tap in whole groups of four.
+channels of a tap in whole groups of four bytes where x lies so.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graphopt.backends.cpu.workload import Conv2d
+from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.memory import WIDEST
+from graphopt.backends.cuda.products import Product, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
 STAGES = 3  # tiles in shared memory: one is read, two are on their way
-GROUP = 4
+GROUP = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,27 @@ _ASSUMED_BATCH = 8  # of a dynamic one
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """A tile and the sizes that follow from it; ``vector`` bytes of x are copied at once."""
+    """A tile, the product it is made of, and the sizes that follow; ``vector`` bytes of x are copied at once."""
 
     workload: Conv2d
     tile: Tile
-    vector: int
+    product: Product
 
     @property
     def tap_channels(self) -> int:
         """Channels of a tap, in whole groups."""
-        return math.ceil(self.workload.x.channels / GROUP) * GROUP
+        return _tap_channels(self.workload.x, self.product)
+
+    @property
+    def vector(self) -> int:
+        x, size = self.workload.x, self.product.item_bytes
+        elements = math.gcd(self.tap_channels, x.channel_stride, x.first_channel)
+        return math.gcd(elements * size, WIDEST)
+
+    @property
+    def step_elements(self) -> int:
+        """Elements of k in a step."""
+        return STEP // self.product.item_bytes
 
     @property
     def depth(self) -> int:
@@ -77,7 +89,7 @@ class ConvPlan:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.depth / STEP)
+        return math.ceil(self.depth / self.step_elements)
 
     @property
     def column_tiles(self) -> int:
@@ -94,9 +106,23 @@ class ConvPlan:
         return self.workload.y.height * self.workload.y.width
 
 
-def fits(workload: Conv2d) -> bool:
-    """True for convolutions that are one matrix product."""
-    return workload.groups == 1 and workload.x.dtype == "uint8"
+def _tap_channels(x: Layout, product: Product) -> int:
+    group = GROUP // product.item_bytes
+    if product.item_bytes > 1 and (x.channel_stride % group or x.first_channel % group):
+        group = 1  # a pixel of odd float16 channels begins within a word
+    return math.ceil(x.channels / group) * group
+
+
+def fits(workload: Conv2d, product: Product | None = None) -> bool:
+    """True for convolutions that are one matrix product, by default of x's own type: float32 must ask for tf32.
+
+    The residual of a float product has the type of its output.
+    """
+    product = product or product_of(workload.x.dtype)
+    if product is None or workload.groups != 1 or workload.x.dtype != product.x:
+        return False
+    residual = workload.residual
+    return product.is_integer or residual is None or residual.dtype == workload.y.dtype
 
 
 def _cost(workload: Conv2d, tile: Tile, arch: Arch) -> float:
@@ -113,10 +139,11 @@ def _cost(workload: Conv2d, tile: Tile, arch: Arch) -> float:
     return waves * (products + copies) + 4096 * math.ceil(waves / resident)
 
 
-def plan_conv(workload: Conv2d, arch: Arch, tile: Tile | None = None) -> ConvPlan:
-    """The tile of least estimated time, or the given one."""
-    x = workload.x
-    tap = math.ceil(x.channels / GROUP) * GROUP
-    vector = math.gcd(tap, x.channel_stride, x.first_channel, WIDEST)
+def plan_conv(
+    workload: Conv2d, arch: Arch, tile: Tile | None = None, product: Product | None = None
+) -> ConvPlan:
+    """The tile of least estimated time, or the given one, for a workload that ``fits`` the product (x's by default)."""
+    product = product or product_of(workload.x.dtype)
+    assert product is not None
     best = tile or min(TILES, key=lambda candidate: _cost(workload, candidate, arch))
-    return ConvPlan(workload, best, vector)
+    return ConvPlan(workload, best, product)

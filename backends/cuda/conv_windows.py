@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.cpu.emit import Expr, bind
+from graphopt.backends.cpu.emit import Expr, bind, select
 from graphopt.backends.cuda.conv_plan import ConvPlan
 from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.epilogue import int32
 from graphopt.backends.cuda.memory import View, split
 from graphopt.backends.cuda.shared_tile import SharedTile
+
+_NOWHERE = -(2**24)  # a window's row and column that no tap brings into a map
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class BlockPlace:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One row of the tile as its copying threads see it: the window's origin, where its image begins, if it exists."""
+class _Window:
+    """The window of one row: its first pixel in the batch, its row and column in the map, where it goes in the tile."""
 
-    exists: Expr
-    image: Expr
+    pixel: Expr
     top: Expr
     left: Expr
+    target: Expr
 
 
 class Windows:
@@ -50,48 +52,59 @@ class Windows:
         self.x, self.tile = x, tile
         per_row = tile.width // plan.vector
         self.column = bind(tirx.floormod(place.thread, per_row) * plan.vector)
-        self.row = bind(tirx.floordiv(place.thread, per_row))
-        self.row_step = plan.tile.threads // per_row
+        first = bind(tirx.floordiv(place.thread, per_row))
+        step = plan.tile.threads // per_row
+        rows = range(0, tile.rows, step)
+        self.windows = [self._window(place, first + row) for row in rows]
+
+    def _window(self, place: BlockPlace, row: Expr) -> _Window:
         w = self.workload
-        self.rows = []
-        for i in range(tile.rows // self.row_step):
-            output = bind(place.first_output + self.row + i * self.row_step)
-            image, row, column = split(output, w.y.height, w.y.width)
-            self.rows.append(
-                _Row(
-                    bind(output < place.outputs),
-                    bind(image * w.x.height),
-                    bind(row * w.stride[0] - w.padding[0]),
-                    bind(column * w.stride[1] - w.padding[1]),
-                )
-            )
+        output = bind(place.first_output + row)
+        image, down, right = split(output, w.y.height, w.y.width)
+        there = output < place.outputs
+        top = bind(select(there, down * w.stride[0] - w.padding[0], int32(_NOWHERE)))
+        left = bind(right * w.stride[1] - w.padding[1])
+        pixel = bind((image * w.x.height + top) * w.x.width + left)
+        return _Window(pixel, top, left, bind(self.tile.offset(row, self.column)))
 
     def copy(self, step: Expr, stage: Expr) -> None:
         """Ask for the bytes ``step * width ..`` of k, into a stage of the tile."""
-        plan, tile, w = self.plan, self.tile, self.workload
-        k = bind(self.column + step * tile.width)
+        plan, w, size = self.plan, self.workload, self.plan.product.item_bytes
+        k = bind(tirx.floordiv(self.column, size) + step * (self.tile.width // size))
         tap_row, tap_column, channel = self._tap(k)
         down, right = bind(tap_row * w.dilation[0]), bind(tap_column * w.dilation[1])
-        base = tile.stage(stage)
-        for i, row in enumerate(self.rows):
-            line, column = bind(row.top + down), bind(row.left + right)
+        tap = bind(down * w.x.width + right)
+        # channels that a tap lacks are multiplied by zeros: no harm in integers, but a float there could be NaN
+        valid = int32(plan.vector)
+        if plan.tap_channels > w.x.channels and not plan.product.is_integer:
+            valid = bind(tirx.min(valid, (int32(w.x.channels) - channel) * size))
+        base = self.tile.stage(stage)
+        for window in self.windows:
+            line, column = window.top + down, window.left + right
             inside = tirx.all(
-                row.exists,
                 k < plan.depth,
                 line >= 0,
                 line < w.x.height,
                 column >= 0,
                 column < w.x.width,
             )
-            target = tile.place(base, self.row + i * self.row_step, self.column)
-            pixel = (row.image + line) * w.x.width + column
-            with T.If(inside):
-                with T.Then():
-                    source = T.address_of(self.x.flat[self.x.at(pixel, channel)])
-                    self.device.copy(target, source, plan.vector)
-                with T.Else():
-                    word = tirx.const(w.x_zero_point * 0x01010101, "uint32")
-                    self.device.fill(target, word, plan.vector)
+            self._copy(base + window.target, window.pixel + tap, channel, inside, valid)
+
+    def _copy(self, at: Expr, pixel: Expr, channel: Expr, inside: Expr, valid: Expr) -> None:
+        """One vector of a window, or of what stands for it outside the map."""
+        target = T.address_of(self.tile.memory[at])
+        source = T.address_of(self.x.flat[self.x.at(pixel, channel)])
+        zero_point = self.workload.x_zero_point % 256
+        if zero_point == 0:
+            part = bind(select(inside, valid, int32(0)))
+            self.device.copy_part(target, source, self.plan.vector, part)
+            return
+        with T.If(inside):
+            with T.Then():
+                self.device.copy(target, source, self.plan.vector)
+            with T.Else():
+                word = tirx.const(zero_point * 0x01010101, "uint32")
+                self.device.fill(target, word, self.plan.vector)
 
     def _tap(self, k: Expr) -> list[Expr]:
         """Tap row, tap column and channel of an element of k."""

@@ -11,10 +11,11 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Expr, bind
 from graphopt.backends.cuda.arch import Arch
+from graphopt.backends.cuda.products import Product
 
 Kernel = PrimFunc
 
-_COPY_TYPES = {4: "uint", 8: "uint2", 16: "uint4"}
+_COPY_TYPES = {2: "ushort", 4: "uint", 8: "uint2", 16: "uint4"}
 
 
 def _function(signature: str, body: str) -> str:
@@ -23,6 +24,11 @@ def _function(signature: str, body: str) -> str:
 
 def _shared_address(pointer: str) -> str:
     return f"(unsigned)__cvta_generic_to_shared({pointer})"
+
+
+def _cache(size: int) -> str:
+    """.cg: past L1, which only whole 16 bytes can."""
+    return "cg" if size == 16 else "ca"
 
 
 class Device:
@@ -35,10 +41,20 @@ class Device:
         source = _function(signature, body)
         T.evaluate(T.cuda.func_call(name, *arguments, source_code=source))
 
-    def multiply(self, c: Expr, a: Expr, b: Expr) -> None:
-        """``c[16, 8] += a[16, 32] * b[32, 8]`` over a warp: uint8 by int8, in the registers of ``mma.m16n8k32``."""
-        signature = "void graphopt_mma(int* c, const unsigned* a, const unsigned* b)"
-        self._call("graphopt_mma", signature, self.arch.mma, c, a, b)
+    def multiply(self, product: Product, c: Expr, a: Expr, b: Expr) -> None:
+        """``c[16, 8] += a[16, k] * b[k, 8]`` over a warp, k of 32 bytes; registers as ``mma.m16n8`` has them."""
+        name = f"graphopt_mma_{product.name}"
+        sums = "int" if product.is_integer else "float"
+        signature = f"void {name}({sums}* c, const unsigned* a, const unsigned* b)"
+        self._call(name, signature, self.arch.products[product.name], c, a, b)
+
+    def round_tf32(self, registers: Expr) -> None:
+        """Four float32 to tf32, to nearest, ties away from zero: the low 13 bits become 0 (``cvt.rna.tf32.f32``)."""
+        body = "".join(
+            f'  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d[{i}]) : "f"(__uint_as_float(d[{i}])));\n'
+            for i in range(4)
+        )
+        self._call("graphopt_round_tf32", "void graphopt_round_tf32(unsigned* d)", body, registers)
 
     def load_matrices(self, registers: Expr, row: Expr) -> None:
         """Four 8 x 16-byte matrices from shared memory: ``row`` is lane ``8 i + r``'s pointer to row r of matrix i.
@@ -56,11 +72,9 @@ class Device:
     def copy(self, target: Expr, source: Expr, size: int) -> None:
         """``size`` bytes from global to shared memory, there once ``wait`` has seen their group."""
         name = f"graphopt_copy_{size}"
-        if self.arch.async_copy:
-            # .cg: past L1, which only whole 16 bytes can
-            cache = "cg" if size == 16 else "ca"
+        if self._is_async(size):
             body = f"""\
-  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {size};"
+  asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size};"
                :: "r"({_shared_address("to")}), "l"(from) : "memory");
 """
         else:
@@ -69,12 +83,37 @@ class Device:
         signature = f"void {name}(uchar* to, const void* from)"
         self._call(name, signature, body, target, source)
 
+    def copy_part(self, target: Expr, source: Expr, size: int, valid: Expr) -> None:
+        """As ``copy``, only the first ``valid`` bytes (an even number, or all, or 0) read and zeros behind them."""
+        name = f"graphopt_copy_part_{size}"
+        if self._is_async(size):
+            body = f"""\
+  asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size}, %2;"
+               :: "r"({_shared_address("to")}), "l"(from), "r"(valid) : "memory");
+"""
+        else:
+            kind = _COPY_TYPES[size]
+            body = f"""\
+  {kind} value;
+  ushort* parts = (ushort*)&value;
+#pragma unroll
+  for (int i = 0; i < {size // 2}; ++i)
+    parts[i] = 2 * i < valid ? ((const ushort*)from)[i] : (ushort)0;
+  if (valid == {size}) value = *(const {kind}*)from;
+  *({kind}*)to = value;
+"""
+        signature = f"void {name}(uchar* to, const void* from, int valid)"
+        self._call(name, signature, body, target, source, valid)
+
+    def _is_async(self, size: int) -> bool:
+        return self.arch.async_copy and size >= 4  # cp.async copies no less
+
     def fill(self, target: Expr, word: Expr, size: int) -> None:
         """``size`` bytes of shared memory from a word, repeated."""
         kind = _COPY_TYPES[size]
         name = f"graphopt_fill_{size}"
         words = ", ".join(["word"] * (size // 4))
-        value = words if size == 4 else f"make_{kind}({words})"
+        value = f"({kind})word" if size <= 4 else f"make_{kind}({words})"
         self._call(
             name, f"void {name}(uchar* to, uint word)", f"  *({kind}*)to = {value};\n", target, word
         )

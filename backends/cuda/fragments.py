@@ -16,18 +16,27 @@ from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile
 
 MMA_ROWS, MMA_COLUMNS = 16, 8
-MMA_BYTES = 32  # of k in one product
 ROWS = 16  # of a tile that one load takes
 _REGISTERS = 4  # of one load
 
 
 class Operand:
-    """The fragments of ``rows`` rows of a tile from ``first_row`` on; ``left``: they are the product's rows, not columns."""
+    """The fragments of ``rows`` rows of a tile from ``first_row`` on; ``left``: they are the product's rows, not columns.
+
+    ``rounds``: float32 elements become tf32 on the way.
+    """
 
     def __init__(
-        self, device: Device, tile: SharedTile, lane: Expr, first_row: Expr, rows: int, left: bool
+        self,
+        device: Device,
+        tile: SharedTile,
+        lane: Expr,
+        first_row: Expr,
+        rows: int,
+        left: bool,
+        rounds: bool = False,
     ) -> None:
-        self.device, self.tile = device, tile
+        self.device, self.tile, self.rounds = device, tile, rounds
         self.loads = rows // ROWS
         matrix, line = bind(tirx.floordiv(lane, 8)), bind(tirx.floormod(lane, 8))
         half, pair = tirx.floormod(matrix, 2), tirx.floordiv(matrix, 2)
@@ -42,7 +51,10 @@ class Operand:
         """Bytes ``k .. k + 32`` of every row, of the stage that begins at ``stage``."""
         for i in range(self.loads):
             place = self.tile.place(stage, self.row + i * ROWS, self.column + k)
-            self.device.load_matrices(T.address_of(self.registers[_REGISTERS * i]), place)
+            registers = T.address_of(self.registers[_REGISTERS * i])
+            self.device.load_matrices(registers, place)
+            if self.rounds:
+                self.device.round_tf32(registers)
 
     def fragment(self, index: int) -> Expr:
         """The address of the registers of 16 rows of a left operand, of 8 of a right one."""
@@ -61,15 +73,19 @@ class Sum:
 def sums_of(
     lane: Expr, first_row: Expr, first_column: Expr, row_tiles: int, column_tiles: int
 ) -> list[Sum]:
-    """The registers of ``row_tiles x column_tiles`` products, four each, row by row; neighbours lie along a row."""
+    """The registers of ``row_tiles x column_tiles`` products, four each, column by column.
+
+    The sums of a column, and those of a row, have the same expression for it.
+    """
     row = bind(first_row + tirx.floordiv(lane, 4))
     column = bind(first_column + tirx.floormod(lane, 4) * 2)
+    rows = [bind(row + i * 8) for i in range(2 * row_tiles)]
+    columns = [
+        bind(column + j * MMA_COLUMNS + odd) for j in range(column_tiles) for odd in range(2)
+    ]
     found = []
-    for j in range(column_tiles):
-        for i in range(row_tiles):
-            for half in range(2):
-                for odd in range(2):
-                    register = (i * column_tiles + j) * 4 + half * 2 + odd
-                    at = row + i * MMA_ROWS + half * 8, column + j * MMA_COLUMNS + odd
-                    found.append(Sum(*at, register))
+    for j, at_column in enumerate(columns):
+        for i, at_row in enumerate(rows):
+            register = (i // 2 * column_tiles + j // 2) * 4 + i % 2 * 2 + j % 2
+            found.append(Sum(at_row, at_column, register))
     return found

@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu.emit import Buffer, Expr, bind, kernel
 from graphopt.backends.cpu.stream import Argument
 from graphopt.backends.cpu.workload import Layout
+from graphopt.backends.cuda.products import item_bytes
 from graphopt.errors import CompileError
 
 WIDEST = 16  # bytes of one memory instruction
@@ -73,7 +74,7 @@ class View:
 
 def access(*layouts: Layout) -> int:
     """Elements that one instruction may move in all of these: a power of two, 16 bytes at most."""
-    sizes = [WIDEST // (4 if layout.dtype == "float32" else 1) for layout in layouts]
+    sizes = [WIDEST // item_bytes(layout.dtype) for layout in layouts]
     for layout in layouts:
         stored = layout.channels if layout.shared else layout.channel_stride
         sizes += [stored, layout.channel_stride, layout.first_channel]

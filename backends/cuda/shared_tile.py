@@ -13,6 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.products import item_bytes
 
 CHUNK = 16  # bytes that ldmatrix takes of a row
 _LINE = 128  # bytes of all banks
@@ -37,23 +38,27 @@ class SharedTile:
         """Where a stage begins."""
         return bind(self.first + index * (self.rows * self.width))
 
-    def place(self, stage: Expr, row: Expr, column: Expr) -> Expr:
-        """The address of byte ``column`` of a row, its chunks swapped as the module says."""
+    def offset(self, row: Expr, column: Expr) -> Expr:
+        """Where byte ``column`` of a row lies within a stage, its chunks swapped as the module says."""
         turn = tirx.floordiv(row, _LINE // self.width)
         chunk = tirx.floordiv(column, CHUNK) ^ tirx.floormod(turn, self.width // CHUNK)
-        at = stage + row * self.width + chunk * CHUNK + tirx.floormod(column, CHUNK)
-        return T.address_of(self.memory[at])
+        return row * self.width + chunk * CHUNK + tirx.floormod(column, CHUNK)
+
+    def place(self, stage: Expr, row: Expr, column: Expr) -> Expr:
+        """The address of byte ``column`` of a row of the stage that begins at ``stage``."""
+        return T.address_of(self.memory[stage + self.offset(row, column)])
 
     def copy_whole(
         self, device: Device, source: Buffer, first: Expr, stage: Expr, thread: Expr, threads: int
     ) -> None:
-        """Ask for a whole tile whose rows lie behind one another, from element (byte) ``first`` of ``source`` on."""
-        size = self.rows * self.width
+        """Ask for a whole tile whose rows lie behind one another in ``source``, from element ``first`` on."""
+        size, item = self.rows * self.width, item_bytes(str(source.dtype))
         base = self.stage(stage)
         for start in range(0, size, threads * CHUNK):
             offset = bind(thread * CHUNK + start)
             row, column = tirx.floordiv(offset, self.width), tirx.floormod(offset, self.width)
-            target, address = self.place(base, row, column), T.address_of(source[first + offset])
+            target = self.place(base, row, column)
+            address = T.address_of(source[first + tirx.floordiv(offset, item)])
             if size - start >= threads * CHUNK:
                 device.copy(target, address, CHUNK)
                 continue

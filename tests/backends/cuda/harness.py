@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def image(
     batch: int | None, size: tuple[int, int], channels: int, dtype: str = "uint8", **more: Any
 ) -> Layout:
     """An activation as the lowering lays it out: bytes in whole fours."""
-    stride = more.pop("channel_stride", in_fours(channels) if dtype == "uint8" else channels)
+    of_bytes = dtype in ("uint8", "int8")
+    stride = more.pop("channel_stride", in_fours(channels) if of_bytes else channels)
     return Layout(batch, *size, channels, dtype, channel_stride=stride, **more)
 
 
@@ -46,38 +48,50 @@ def conv_workload(
     batch: int | None = 2,
     residual: bool = False,
     floats: bool = False,
+    dtype: str = "uint8",
+    x_zero_point: int = 11,
     x_more: dict[str, Any] | None = None,
     y_more: dict[str, Any] | None = None,
 ) -> Conv2d:
-    """A consistent workload; ``x_more`` and ``y_more`` are fields of the layouts."""
+    """A consistent workload; ``x_more`` and ``y_more`` are fields of the layouts, ``dtype`` is every activation's."""
     out = (
         (size[0] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
         (size[1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
     )
+    requantize, add = REQUANTIZE, RESIDUAL_ADD
+    if dtype == "int8":
+        requantize = replace(requantize, zero_point=-9, qmin=-128, qmax=127)
+        add = replace(add, a_zero_point=-9, b_zero_point=-20, zero_point=4, qmin=-128, qmax=127)
     epilogue = Epilogue(
-        requantize=None if floats else REQUANTIZE, residual_add=RESIDUAL_ADD if residual else None
+        requantize=None if floats else requantize, residual_add=add if residual else None
     )
-    y = image(batch, out, channels[1], "float32" if floats else "uint8", **(y_more or {}))
+    y = image(batch, out, channels[1], "float32" if floats else dtype, **(y_more or {}))
     return Conv2d(
-        x=image(batch, size, channels[0], **(x_more or {})),
+        x=image(batch, size, channels[0], dtype, **(x_more or {})),
         y=y,
         kernel=kernel,
         stride=stride,
         padding=padding,
         dilation=dilation,
         groups=groups,
-        x_zero_point=11,
+        x_zero_point=x_zero_point,
         epilogue=epilogue,
-        residual=image(batch, out, channels[1]) if residual else None,
+        residual=image(batch, out, channels[1], dtype) if residual else None,
     )
+
+
+def any_bytes(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    """The whole range of a type of one byte."""
+    return rng.integers(0, 256, shape).astype(np.uint8).view(dtype)
 
 
 def stored(layout: Layout, batch: int, values: Array, rng: np.random.Generator) -> Array:
     """``[N, H, W, C]`` values as they lie in memory, whatever stands beside them."""
     shape = (batch, *layout.shape)
-    memory = rng.integers(0, 256, shape).astype(np.uint8)
-    if layout.dtype == "float32":
-        memory = rng.standard_normal(shape).astype(np.float32)
+    if layout.dtype.startswith("float"):
+        memory = rng.standard_normal(shape).astype(layout.dtype)
+    else:
+        memory = any_bytes(rng, shape, layout.dtype)
     first = layout.first_channel
     memory[..., first : first + layout.channels] = values
     return memory
@@ -107,10 +121,8 @@ class ConvCase:
         # about a quarter of the outputs saturate
         scale = 80.0 / (5000.0 * depth**0.5)
         self.multiplier = (rng.uniform(0.5, 2.0, y.channels) * scale).astype(np.float32)
-        self.x = rng.integers(0, 256, (batch, x.height, x.width, x.channels)).astype(np.uint8)
-        self.residual = rng.integers(0, 256, (batch, y.height, y.width, y.channels)).astype(
-            np.uint8
-        )
+        self.x = any_bytes(rng, (batch, x.height, x.width, x.channels), x.dtype)
+        self.residual = any_bytes(rng, (batch, y.height, y.width, y.channels), x.dtype)
 
     def expected(self) -> Array:
         w = self.workload

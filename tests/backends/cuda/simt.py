@@ -124,7 +124,7 @@ class _Grid(Memory):
     def _AllocBuffer(self, node: Any) -> None:
         buffer = node.buffer
         size = int(np.prod([int(s) for s in buffer.shape])) * np.dtype(str(buffer.dtype)).itemsize
-        shared = str(buffer.scope()) == "shared"
+        shared = str(buffer.scope()).startswith("shared")
         copies = self.lanes // self.threads if shared else self.lanes
         data = np.full((copies, size), 0xCD, np.uint8)
         lane = self.block if shared else np.arange(self.lanes)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.backends.cuda import simt_sparse
+
 Array = np.ndarray[Any, Any]
 WARP = 32
 
@@ -58,22 +60,26 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         return np.rint(values[0]).astype(np.int64).astype(np.int32)
     if name == "graphopt_dot":
         return _dot(grid, *values)
-    if name == "graphopt_mma":
-        return _multiply(grid, *values)
+    if name.startswith("graphopt_mma_"):
+        return _multiply(grid, name.removeprefix("graphopt_mma_"), *values)
+    if name == "graphopt_round_tf32":
+        return _round_tf32(grid, *values)
+    if name.startswith("graphopt_sparse_"):
+        return simt_sparse.call(grid, name.removeprefix("graphopt_sparse_"), values)
     if name == "graphopt_load_matrices":
         return _load_matrices(grid, *values)
     if name == "graphopt_commit":
         return grid.commit()
-    copy = re.fullmatch(r"graphopt_(copy|fill|wait)_(\d+)", name)
+    copy = re.fullmatch(r"graphopt_(copy|copy_part|fill|wait)_(\d+)", name)
     assert copy is not None, f"{name} has no definition here"
     size = int(copy[2])
     if copy[1] == "wait":
         return grid.wait(size)
-    if copy[1] == "copy":
-        return grid.announce(values[0], values[1], size, grid.asynchronous)
+    if copy[1].startswith("copy"):
+        return grid.announce(*values[:2], size, grid.asynchronous and size >= 4, *values[2:])
     word = np.broadcast_to(np.asarray(values[1], np.uint32), (grid.lanes,))
-    words = np.repeat(word[:, None], size // 4, axis=1)
-    return grid.write(values[0], np.ascontiguousarray(words).view(np.uint8))
+    words = np.ascontiguousarray(np.repeat(word[:, None], -(-size // 4), axis=1)).view(np.uint8)
+    return grid.write(values[0], np.ascontiguousarray(words[:, :size]))
 
 
 def _lanes(grid: Any, value: Any, dtype: str) -> Array:
@@ -102,29 +108,75 @@ def _registers(grid: Any, pointer: Any, count: int, dtype: str) -> Array:
     return whole.reshape(-1, WARP, *whole.shape[1:])
 
 
-def _multiply(grid: Any, c: Any, a: Any, b: Any) -> None:
-    """PTX ISA, "Matrix fragments for mma.m16n8k32"."""
+# Of "Matrix fragments for mma.m16n8k8 / m16n8k16 / m16n8k32" in the PTX ISA: elements of a register, and what they are.
+_PRODUCTS = {
+    "u8": ("uint8", "int8", "int32"),
+    "s8": ("int8", "int8", "int32"),
+    "f16": ("float16", "float16", "float32"),
+    "tf32": ("float32", "float32", "float32"),
+}
+
+
+def fragment_of_a(bytes_: int, lane: Array, register: int, element: int) -> tuple[Array, Array]:
+    """Row and column (of k) in A of an element of one of a lane's four registers, elements of ``bytes_`` bytes."""
+    group, within = np.divmod(lane, 4)
+    many = 4 // bytes_  # elements of a register
+    row = group + 8 * (register % 2)
+    return row, within * many + element + 4 * many * (register // 2)
+
+
+def fragment_of_b(bytes_: int, lane: Array, register: int, element: int) -> tuple[Array, Array]:
+    """Row (of k) and column in B of an element of one of a lane's two registers."""
+    group, within = np.divmod(lane, 4)
+    many = 4 // bytes_
+    return within * many + element + 4 * many * register, group
+
+
+def fragment_of_c(lane: Array, register: int) -> tuple[Array, Array]:
+    """Row and column of a sum."""
+    group, within = np.divmod(lane, 4)
+    return group + 8 * (register // 2), within * 2 + register % 2
+
+
+def _multiply(grid: Any, name: str, c: Any, a: Any, b: Any) -> None:
+    """Sums of 32 bytes of k; of floats in float64, rounded once: the hardware's own order is not documented."""
     _whole_warps(grid)
-    group, within = np.divmod(np.arange(WARP), 4)
-    left = _registers(grid, a, 4, "uint8")
-    right = _registers(grid, b, 2, "int8")
-    sums = _registers(grid, c, 4, "int32")
-    warps = len(left)
-    x = np.zeros((warps, 16, 32), np.int32)
-    w = np.zeros((warps, 32, 8), np.int32)
-    total = np.zeros((warps, 16, 8), np.int32)
-    for i in range(16):
-        row = group + (8 if i % 8 >= 4 else 0)
-        x[:, row, within * 4 + i % 4 + (16 if i >= 8 else 0)] = left[:, :, i]
-    for i in range(8):
-        w[:, within * 4 + i % 4 + (16 if i >= 4 else 0), group] = right[:, :, i]
+    of_a, of_b, of_c = _PRODUCTS[name]
+    lane, size = np.arange(WARP), np.dtype(of_a).itemsize
+    left, right = _registers(grid, a, 4, of_a), _registers(grid, b, 2, of_b)
+    sums = _registers(grid, c, 4, of_c)
+    if name == "tf32":
+        for operand in (left, right):
+            assert not (operand.view(np.uint32) & 0x1FFF).any(), "an operand that is no tf32"
+    depth, many = 32 // size, 4 // size
+    exact = "int32" if of_c == "int32" else "float64"
+    x = np.zeros((len(left), 16, depth), exact)
+    w = np.zeros((len(left), depth, 8), exact)
+    total = np.zeros((len(left), 16, 8), exact)
+    for i in range(4 * many):
+        x[:, *fragment_of_a(size, lane, *divmod(i, many))] = left[:, :, i]
+    for i in range(2 * many):
+        w[:, *fragment_of_b(size, lane, *divmod(i, many))] = right[:, :, i]
     for i in range(4):
-        total[:, group + (8 if i >= 2 else 0), within * 2 + i % 2] = sums[:, :, i]
+        total[:, *fragment_of_c(lane, i)] = sums[:, :, i]
     total = total + x @ w
     for i in range(4):
-        value = total[:, group + (8 if i >= 2 else 0), within * 2 + i % 2].reshape(-1, 1)
+        value = total[:, *fragment_of_c(lane, i)].reshape(-1, 1)
         register = type(c)(c.storage, c.byte + 4 * i)
-        grid.write(register, np.ascontiguousarray(value, np.int32).view(np.uint8))
+        grid.write(register, np.ascontiguousarray(value.astype(of_c)).view(np.uint8))
+
+
+def _round_tf32(grid: Any, registers: Any) -> None:
+    """PTX ISA, ``cvt.rna.tf32.f32``: to nearest among multiples of the 13th bit's weight, ties away from zero."""
+    for i in range(4):
+        register = type(registers)(registers.storage, registers.byte + 4 * i)
+        value = np.ascontiguousarray(grid.read(register, 4)).view(np.float32).astype(np.float64)
+        _, exponent = np.frexp(value)
+        # 10 bits of fraction behind the leading one; below the normal numbers, multiples of 2**-136
+        unit = np.ldexp(1.0, np.maximum(exponent - 11, -136))
+        whole = np.trunc(value / unit + np.copysign(0.5, value)) * unit
+        whole = np.where(np.isfinite(value), whole, value).astype(np.float32)
+        grid.write(register, np.ascontiguousarray(whole).view(np.uint8))
 
 
 def _load_matrices(grid: Any, registers: Any, row: Any) -> None:

@@ -136,9 +136,13 @@ class Memory:
         self.mask = outer
         return result
 
-    def announce(self, target: Pointer, source: Pointer, size: int, asynchronous: bool) -> None:
-        """A copy to shared memory, there when its group has been waited for."""
-        data = self.read(source, size)
+    def announce(
+        self, target: Pointer, source: Pointer, size: int, asynchronous: bool, valid: Any = None
+    ) -> None:
+        """A copy to shared memory, there when its group has been waited for; zeros behind ``valid`` bytes, which alone
+        are read.
+        """
+        data = self.read(source, size) if valid is None else self._read_part(source, size, valid)
         if not asynchronous:
             self.write(target, data)
             return
@@ -153,6 +157,21 @@ class Memory:
             self.mask = outer
 
         self.groups[-1].append(land)
+
+    def _read_part(self, source: Pointer, size: int, valid: Any) -> Array:
+        count = np.broadcast_to(np.asarray(valid), (self.lanes,))
+        first = np.broadcast_to(source.byte, (self.lanes,))
+        active = self.mask & (count > 0)
+        if (count[active] > size).any() or (first[active] % size).any():
+            raise Fault(
+                f"{source.storage.name}: a copy of {size} bytes that is larger, or misaligned"
+            )
+        data = np.zeros((self.lanes, size), np.uint8)
+        for i in range(size):
+            there = self.mask & (i < count)
+            if there.any():
+                data[:, i] = self.read(Pointer(source.storage, source.byte + i), 1, there)[:, 0]
+        return data
 
     def commit(self) -> None:
         if not self.mask.all():

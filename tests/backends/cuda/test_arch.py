@@ -56,7 +56,7 @@ def test_the_four_products_of_turing_are_the_one_of_ampere() -> None:
     c = np.zeros((4, 32), np.int64)
     calls = re.findall(
         r'"\+r"\(c\[(\d)\]\), "\+r"\(c\[(\d)\]\) : "r"\(a\[(\d)\]\), "r"\(b\[(\d)\]',
-        ARCHS["sm_75"].mma,
+        ARCHS["sm_75"].products["u8"],
     )
     assert len(calls) == 4
     for first, second, i, j in (map(int, call) for call in calls):

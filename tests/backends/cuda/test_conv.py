@@ -36,6 +36,21 @@ def test_shapes(workload: object) -> None:
     assert (case.by_tensor_cores(SMALL) == case.expected()).all()
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize("zero_point", [-7, 0])
+def test_signed_bytes(zero_point: int, arch: str) -> None:
+    workload = conv_workload((20, 37), dtype="int8", x_zero_point=zero_point, residual=True)
+    case = ConvCase(workload)
+    assert (case.by_tensor_cores(SMALL, ARCHS[arch]) == case.expected()).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_a_zero_point_of_zero(arch: str) -> None:
+    """The copies fill in zeros themselves; 3 channels of a group of 4, whose last one is anything."""
+    case = ConvCase(conv_workload((3, 17), x_zero_point=0))
+    assert (case.by_tensor_cores(SMALL, ARCHS[arch]) == case.expected()).all()
+
+
 def test_a_residual_sum_is_added_on_the_way_out() -> None:
     case = ConvCase(conv_workload((20, 37), residual=True))
     assert (case.by_tensor_cores(SMALL) == case.expected()).all()
