@@ -17,7 +17,8 @@ class Arch:
     """A row: ``products`` are bodies ``c += a * b`` on the registers of a fragment, by the names of ``products``.
 
     ``mma_shape`` is the instruction that multiplies bytes. ``async_copy``: shared memory is filled by ``cp.async``.
-    ``shared_bytes`` is what a block may declare statically, ``multiprocessors`` those of a usual card.
+    ``shared_bytes`` is what a block may declare statically, ``multiprocessors`` those of a usual card. ``sparse``: there are
+    products of weights pruned 2:4 (``mma.sp``).
     """
 
     name: str
@@ -27,10 +28,11 @@ class Arch:
     multiprocessors: int
     shared_bytes: int = 48 * 1024
     warp: int = 32
+    sparse: bool = False
 
 
 def _ampere(name: str, multiprocessors: int) -> Arch:
-    return Arch(name, AMPERE, "m16n8k32", True, multiprocessors)
+    return Arch(name, AMPERE, "m16n8k32", True, multiprocessors, sparse=True)
 
 
 ARCHS = {

@@ -19,6 +19,9 @@ from graphopt.backends.cuda.float_conv import float_conv, pack_float
 from graphopt.backends.cuda.memory import INDEX_LIMIT
 from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
+from graphopt.backends.cuda.sparse_conv import sparse_conv
+from graphopt.backends.cuda.sparse_pack import pack_sparse
+from graphopt.backends.cuda.sparse_plan import choose_sparse
 from graphopt.backends.lower import convolution, elementwise
 from graphopt.backends.lower.convolution import ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
@@ -104,5 +107,9 @@ class CudaKernels(KernelSource):
             packed = pack_dot(*constants, zero_point, workload.groups)
             return _kernel(dot_conv(workload), tuple(packed), workload.macs, "dp4a")
         plan = plan_conv(workload, self.arch)
+        sparse = choose_sparse(plan, weight, self.arch)
+        if sparse is not None:
+            packed = pack_sparse(sparse, *constants)
+            return _kernel(sparse_conv(sparse, self.arch), tuple(packed), workload.macs, "mma.sp")
         packed = pack_conv(plan, *constants)
         return _kernel(conv(plan, self.arch), tuple(packed), workload.macs, "mma")
