@@ -25,6 +25,9 @@ from graphopt.backends.cuda.dot import dot_conv
 from graphopt.backends.cuda.float_conv import float_conv
 from graphopt.backends.cuda.pointwise import concat, convert
 from graphopt.backends.cuda.pool import pool
+from graphopt.backends.cuda.sparse_conv import sparse_conv
+from graphopt.backends.cuda.sparse_plan import TILES as SPARSE_TILES
+from graphopt.backends.cuda.sparse_plan import plan_sparse
 from graphopt.backends.cuda.toolkit import compile_source, find_nvcc, image_in_text
 from tests.backends.cuda.harness import conv_workload, image
 
@@ -33,7 +36,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 
 
 def _kernels(arch: Arch) -> dict[str, Any]:
-    """One kernel of each kind by its name; a convolution of the largest tile with a residual, and one of the smallest."""
+    """One kernel of each kind by its name; convolutions of the largest tile with a residual, and of the smallest."""
     large = conv_workload((64, 128), size=(14, 14), batch=None, residual=True)
     small = conv_workload((3, 8), floats=True)
     grouped = conv_workload((12, 12), groups=4, size=(9, 9))
@@ -53,6 +56,9 @@ def _kernels(arch: Arch) -> dict[str, Any]:
         concat(Concat((y, y), image(2, (4, 4), 24), (None, None))),
         convert(Convert(floats, x, "nchw", "nhwc", 10.0, requantize=rounding)),
     ]
+    if arch.sparse:
+        cut = ((large, SPARSE_TILES[0]), (small, SPARSE_TILES[-1]))
+        functions += [sparse_conv(plan_sparse(one, arch, tile), arch) for one, tile in cut]
     return {str(function.attrs["global_symbol"]): function for function in functions}
 
 
@@ -93,6 +99,7 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     ).stdout
     shape = {"m8n8k16": "8816", "m16n8k32": "16832"}[ARCHS[name].mma_shape]
     assert re.search(rf"IMMA\.{shape}\.U8\.S8", text)
+    assert bool(re.search(r"IMMA\.SP\.16864\.S8\.U8", text)) == ARCHS[name].sparse
     assert re.search(r"IDP\.4A\.U8\.S8", text)
     assert re.search(r"LDSM", text)
     assert bool(re.search(r"LDGSTS", text)) == ARCHS[name].async_copy
@@ -119,6 +126,8 @@ def test_ptx(name: str, product: str, copies: bool) -> None:
     ptx = compile_source(_source(name), name, "ptx").decode()
     assert product in ptx
     assert "dp4a.u32.s32" in ptx
+    sparse = "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.u8.s32"
+    assert (sparse in ptx) == ARCHS[name].sparse
     assert ("cp.async.cg.shared.global" in ptx) == copies
     assert "fma.rn.f32" not in ptx.split("cuda_conv_")[1]
 

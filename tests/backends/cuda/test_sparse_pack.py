@@ -119,6 +119,30 @@ def test_metadata_lie_as_cutlass_orders_them() -> None:
     assert (ordered.reshape(-1) == words[0]).all()
 
 
+def _at(layout: tuple[tuple[int, ...], tuple[int, ...]], number: int) -> tuple[int, int]:
+    """Row and column of 16 x 64 that a layout (shape and strides, the first coordinate fastest) gives a number."""
+    offset = 0
+    for extent, stride in zip(*layout, strict=True):
+        number, coordinate = divmod(number, extent)
+        offset += coordinate * stride
+    return offset % 16, offset // 16
+
+
+def test_fragments_lie_as_in_cute() -> None:
+    """A third source: ``ALayout`` and ``ELayout`` of 16 x 8 x 64 in ``mma_traits_sm120_sparse.hpp`` (NVIDIA/cutlass, 7107b055).
+
+    Both number (lane, value) of the whole 16 x 64, two values to a kept one.
+    """
+    weight, registers, words = _packed()
+    values, metadata = compress(weight)
+    for lane in range(32):
+        for register in range(4):
+            row, k = _at(((4, 8, 8, 2, 2), (128, 1, 16, 8, 512)), lane + 32 * 8 * register)
+            assert (registers[0, lane, register] == values[row, k // 2 : k // 2 + 4]).all()
+        row, k = _at(((2, 2, 8, 32), (8, 512, 1, 16)), lane)
+        assert words[0, lane] == metadata[row, k // 32]
+
+
 def test_lanes_in_another_order_are_found() -> None:
     weight, registers, words = _packed()
     exchanged = words.reshape(8, 2, 2).swapaxes(1, 2).reshape(1, 32)
