@@ -89,16 +89,16 @@ class Artifact:
             raise ArtifactError(f"{target} cannot be written: {_reason(error)}") from error
         return target
 
-    def session(self, threads: int | None = None) -> Session:
+    def session(self, threads: int | None = None, cuda_graphs: bool = True) -> Session:
         """Return a session that runs this model on ``threads`` threads (default: as compiled).
 
-        Raises ``TargetError`` where this CPU lacks features the code uses.
+        ``cuda_graphs`` is for models of GPUs; see ``CudaSession``. Raises ``TargetError`` where this CPU lacks features the code uses.
         """
         check_cpu(self.manifest, "the artifact")
         if "device" in self.manifest.report:  # a GPU's: see GpuReport
             from graphopt.cuda_session import CudaSession
 
-            return CudaSession(self, threads)
+            return CudaSession(self, threads, cuda_graphs)
         return Session(self, threads)
 
     @staticmethod
@@ -212,11 +212,13 @@ def read_artifact(path: str | os.PathLike[str], any_cpu: bool = False) -> Artifa
     return Artifact(manifest, library, weights, kernels)
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
-    """Load a ``.gopt`` file and return a session that runs it on ``threads`` threads.
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, cuda_graphs: bool = True
+) -> Session:
+    """Load a ``.gopt`` file and return a session that runs it; see ``Artifact.session``.
 
     The file is checked first: ``ArtifactError`` if it is damaged or of another
     version, ``TargetError`` if this CPU cannot run it. **It holds native code**, and its hashes prove
     only that it is whole: load what you would also execute.
     """
-    return read_artifact(path).session(threads)
+    return read_artifact(path).session(threads, cuda_graphs)

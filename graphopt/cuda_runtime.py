@@ -10,8 +10,8 @@ import ctypes
 import functools
 import importlib.util
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ Array = np.ndarray[Any, Any]
 CUDA = 2  # DLPack's device type
 _EXISTS, _COMPUTE_VERSION = 0, 4  # of TVM's device attributes
 _CALLBACK = "tvm_callback_cuda_compile"
-_LIBRARIES = ("libcudart.so.13", "libcuda.so.1")  # CUDA's runtime, the driver
+CUDART = "libcudart.so.13"  # CUDA's runtime
+_LIBRARIES = (CUDART, "libcuda.so.1")  # and the driver
 _LOCK = threading.Lock()
 
 
@@ -109,6 +110,21 @@ def device_code_for(arch: str) -> Iterator[None]:
                 tvm_ffi.register_global_func(_CALLBACK, before, override=True)
 
 
+def current_stream() -> int:
+    """The CUDA stream on which this thread launches kernels; 0 is the default one."""
+    tvm_ffi = tvm_runtime()
+    return int(tvm_ffi.get_raw_stream(tvm_ffi.device("cuda", 0)))
+
+
+def on_stream(stream: int | None) -> AbstractContextManager[Any]:
+    """While this is open, this thread launches on a stream; None and 0 are the default one."""
+    tvm_ffi = tvm_runtime()
+    made: AbstractContextManager[Any] = tvm_ffi.use_raw_stream(
+        tvm_ffi.device("cuda", 0), stream or 0
+    )
+    return made
+
+
 class Device:
     """Tensors on device 0 of a kind; the copies wait for what runs before them."""
 
@@ -119,13 +135,19 @@ class Device:
         self._copy = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromTo")
         self._read = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
 
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """A tensor on the device, of any values."""
+        return self._allocate(self._ffi.Shape(shape), self._ffi.dtype(dtype), self._place, None)
+
     def tensor(self, array: Array) -> Any:
         """A copy of a contiguous, aligned array on the device."""
-        made = self._allocate(
-            self._ffi.Shape(array.shape), self._ffi.dtype(str(array.dtype)), self._place, None
-        )
-        self._copy(self._ffi.from_dlpack(array), made)
+        made = self.empty(array.shape, str(array.dtype))
+        self.fill(made, self._ffi.from_dlpack(array))
         return made
+
+    def fill(self, tensor: Any, source: Any) -> None:
+        """Copy a contiguous tensor in the CPU's memory to one on the device."""
+        self._copy(source, tensor)
 
     def array(self, tensor: Any) -> Array:
         """A copy of a tensor in NumPy's memory."""

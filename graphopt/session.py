@@ -89,17 +89,21 @@ class Input:
     def check(self, value: Any, sizes: dict[str, int]) -> Array:
         """Return ``value`` as an array of the declared dtype, shape and indices; raises ``InputError``."""
         array = self._array(value)
-        if array.dtype != self.dtype:
-            raise self._refuse(f"has dtype {array.dtype}")
-        if not (self.fixed and array.shape == self.spec.shape):
-            self._check_shape(array, sizes)
+        self.check_form(array, sizes)
         if self.spec.below is not None and array.size:
             low, high = array.min(), array.max()
             if low < 0 or high >= self.spec.below:
                 raise self._refuse(f"holds {low if low < 0 else high}")
         return array
 
-    def _check_shape(self, array: Array, sizes: dict[str, int]) -> None:
+    def check_form(self, array: Any, sizes: dict[str, int]) -> None:
+        """Raise ``InputError`` unless an array or tensor is of the declared dtype and shape."""
+        if array.dtype != self.dtype:
+            raise self._refuse(f"has dtype {array.dtype}")
+        if not (self.fixed and array.shape == self.spec.shape):
+            self._check_shape(array, sizes)
+
+    def _check_shape(self, array: Any, sizes: dict[str, int]) -> None:
         if array.ndim != len(self.spec.shape):
             raise self._refuse(f"has {array.ndim} dimensions")
         for size, declared in zip(array.shape, self.spec.shape, strict=True):

@@ -21,9 +21,11 @@ from tvm.relax.backend.cuda import pipeline as stages
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
 from graphopt.backends.cuda.arch import Arch
+from graphopt.backends.cuda.results import add_results
 from graphopt.backends.cuda.toolkit import compile_source, find_nvcc, image_as_text
 from graphopt.backends.link import linker
 from graphopt.backends.lower.one_tensor import unify_tensors
+from graphopt.backends.lower.scratch import hoist_scratch
 from graphopt.errors import CompileError
 
 _HOOK = "tvm_callback_cuda_postproc"
@@ -74,13 +76,17 @@ def _lower() -> tuple[Any, Any, Any]:
 
 def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
     """TVM's pipeline for CUDA, after which the kernels join the module."""
+    plan_memory, *lower = stages.finalize_passes(target)
     default = tvm.transform.Sequential(
         [
             *stages.library_dispatch_passes(target),
             *stages.legalize_passes(target),
             *stages.dataflow_lower_passes(target),
             unify_tensors,
-            *stages.finalize_passes(target),
+            plan_memory,
+            hoist_scratch,
+            add_results,
+            *lower,
         ]
     )
 

@@ -7,10 +7,13 @@ Prints a line of JSON a network, and one with what is said of a model for anothe
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,11 @@ from graphopt.errors import TargetError
 from tests.backends.cuda.simt import run_lowered
 
 _SOURCE = Path(__file__).with_suffix(".c")
+_ROOT = Path(__file__).parents[3]
 _DEVICE_FUNCTIONS: dict[str, Any] = {}
 _FAULTS: list[BaseException] = []
+_RECORDED: list[Callable[[], None]] = []
+_CALLBACKS: list[Any] = []  # what the driver has the addresses of
 
 
 def build_libraries(folder: Path) -> None:
@@ -35,10 +41,30 @@ def build_libraries(folder: Path) -> None:
     script.write_text("libcudart.so.13 { global: *; };\n")
     for name, options in (
         ("libcuda.so.1", ["-DDRIVER"]),
-        ("libcudart.so.13", [f"-Wl,--version-script={script}"]),
+        (
+            "libcudart.so.13",
+            [f"-Wl,--version-script={script}", f"-L{folder}", "-l:libcuda.so.1"],
+        ),
     ):
         command = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", *options]
         subprocess.run([*command, "-o", str(folder / name), str(_SOURCE)], check=True)
+
+
+def run_on_fake(program: str, folder: Path, *arguments: str) -> list[str]:
+    """The lines that a module beside this one prints as a program of its own on the fake libraries, built in a folder."""
+    build_libraries(folder)
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(folder),
+        "PYTHONPATH": str(_ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", f"{__package__}.{program}", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=_ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
 
 
 def _remember_device_functions() -> None:
@@ -55,17 +81,65 @@ def _remember_device_functions() -> None:
     module.codegen_build = remember  # type: ignore[attr-defined]
 
 
-def _launch(name: bytes, config: Any, parameters: Any) -> None:
+def _values(function: Any, parameters: Any) -> list[Any]:
+    """What a kernel is launched with: addresses and numbers."""
+    values = []
+    for i, parameter in enumerate(function.params):
+        pointer = "Pointer" in type(parameter.ty).__name__
+        kind = ctypes.c_void_p if pointer else ctypes.c_int32
+        values.append(ctypes.cast(parameters[i], ctypes.POINTER(kind))[0])
+    return values
+
+
+def _launch(name: bytes, config: Any, parameters: Any, record: int) -> int:
+    """Run a kernel, or keep the launch and return its number."""
     try:
         function = _DEVICE_FUNCTIONS[name.decode()]
-        values = []
-        for i, parameter in enumerate(function.params):
-            pointer = "Pointer" in type(parameter.ty).__name__
-            kind = ctypes.c_void_p if pointer else ctypes.c_int32
-            values.append(ctypes.cast(parameters[i], ctypes.POINTER(kind))[0])
-        run_lowered(function, values, config[0], config[3])
+        launch = functools.partial(
+            run_lowered, function, _values(function, parameters), config[0], config[3]
+        )
+        if record:
+            _RECORDED.append(launch)
+        else:
+            launch()
     except BaseException as error:
         _FAULTS.append(error)
+    return len(_RECORDED) - 1
+
+
+def _replay(number: int) -> None:
+    try:
+        _RECORDED[number]()
+    except BaseException as error:
+        _FAULTS.append(error)
+
+
+class Driver:
+    """The fake driver, with its callbacks in place; one for the process."""
+
+    def __init__(self) -> None:
+        _remember_device_functions()
+        self._library = ctypes.CDLL("libcuda.so.1")
+        launch = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.POINTER(ctypes.c_uint),
+            ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_int,
+        )
+        _CALLBACKS[:] = launch(_launch), ctypes.CFUNCTYPE(None, ctypes.c_int)(_replay)
+        self._library.fake_callbacks(*_CALLBACKS)
+
+    def counts(self) -> dict[str, int]:
+        """Kernels launched one by one, kernels run by graphs, allocations in captures, graphs that are there."""
+        names = ("launched", "replayed", "mallocs", "graphs")
+        return {name: self._library.fake_count(i) for i, name in enumerate(names)}
+
+
+def check_faults() -> None:
+    """Raise what went wrong in a kernel."""
+    if _FAULTS:
+        raise _FAULTS[0]
 
 
 class Network(nn.Module):
@@ -94,19 +168,20 @@ def _compiled(model: nn.Module, x: torch.Tensor, dynamic: bool) -> go.Artifact:
     return go.compile(go.passes.Quantize(calibration=[(x,)])(program), "sm_80")
 
 
-def _outputs(artifact: go.Artifact, x: torch.Tensor) -> Any:
-    given = artifact.session()(x.numpy())
-    if _FAULTS:
-        raise _FAULTS[0]
+def _outputs(artifact: go.Artifact, x: torch.Tensor) -> tuple[Any, Any]:
+    """Of kernels launched one by one, and of the same as a CUDA graph."""
+    session = artifact.session()
+    given = session(x.numpy()), session(x.numpy())
+    check_faults()
     return given
 
 
 def _run(name: str, artifact: go.Artifact, x: torch.Tensor) -> None:
-    given = _outputs(artifact, x)
+    given, replayed = _outputs(artifact, x)
     with torch.no_grad():
         want = artifact.program(x).numpy()
     forms = sorted({kernel.form for kernel in artifact.manifest.kernels if kernel.form})
-    equal = bool(np.array_equal(given, want))
+    equal = np.array_equal(given, want) and np.array_equal(replayed, want)
     print(json.dumps({"network": name, "equal": equal, "forms": forms}), flush=True)
 
 
@@ -118,9 +193,11 @@ def _small_networks() -> None:
     _run("dynamic", _compiled(model, x, dynamic=True), x[:1])
     float_program = go.capture(model, (x,))
     artifact = go.compile(float_program, "sm_80")
+    given, replayed = _outputs(artifact, x)
     with torch.no_grad():
-        distance = np.abs(_outputs(artifact, x) - float_program(x).numpy()).max()
-    print(json.dumps({"network": "float", "close": bool(distance < 1e-5)}), flush=True)
+        distance = np.abs(given - float_program(x).numpy()).max()
+    close = bool(distance < 1e-5) and np.array_equal(given, replayed)
+    print(json.dumps({"network": "float", "close": close}), flush=True)
     try:
         check_device("sm_90", "model.gopt")
     except TargetError as error:
@@ -129,13 +206,7 @@ def _small_networks() -> None:
 
 def main(names: list[str]) -> None:
     """The small networks, or benchmarks' networks by name at 32 pixels: each against the program that was compiled."""
-    _remember_device_functions()
-    driver = ctypes.CDLL("libcuda.so.1")
-    kind = ctypes.CFUNCTYPE(
-        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p)
-    )
-    callback = kind(_launch)
-    driver.fake_on_launch(callback)
+    Driver()
     if not names:
         _small_networks()
     for name in names:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graphopt.backends.cuda.toolkit import find_nvcc
-from tests.backends.cuda.fake_gpu import build_libraries
-
-_ROOT = Path(__file__).parents[3]
-
+from tests.backends.cuda.fake_gpu import run_on_fake
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
@@ -25,20 +19,7 @@ pytestmark = [
 
 
 def _lines(folder: Path, *names: str) -> list[Any]:
-    """What the program prints."""
-    build_libraries(folder)
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(folder),
-        "PYTHONPATH": str(_ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "tests.backends.cuda.fake_gpu", *names]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=_ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in run_on_fake("fake_gpu", folder, *names)]
 
 
 def test_a_session_equals_the_program(tmp_path: Path) -> None:
