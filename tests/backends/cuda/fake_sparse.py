@@ -1,0 +1,54 @@
+"""A network pruned 2:4 on the fake driver: its layers on sparse tensor cores, its outputs those of the program.
+
+Run as a program of its own, like ``fake_gpu``. Prints a line of JSON for a fixed and for a dynamic batch.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import nn
+
+import graphopt as go
+from tests.backends.cuda.fake_gpu import Driver, check_faults
+
+
+class Network(nn.Module):
+    """A stem of three channels, layers of whole and of odd channels, a residual sum, a strided layer, a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, 2, 1)
+        self.wide = nn.Conv2d(64, 128, 3, 1, 1)
+        self.again = nn.Conv2d(128, 128, 3, 1, 1)
+        self.down = nn.Conv2d(128, 70, 3, 2, 1)
+        self.odd = nn.Conv2d(70, 40, 3, 1, 1)
+        self.head = nn.Linear(40, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.wide(self.stem(x).relu()).relu()
+        x = (x + self.again(x)).relu()
+        x = self.odd(self.down(x).relu()).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    Driver()
+    torch.manual_seed(3)
+    model, x = Network().eval(), torch.randn(2, 3, 15, 14)
+    for batch in (None, (1, 4)):
+        program = go.capture(model, (x,), dynamic_batch=batch)
+        recipe = [go.passes.Prune(granularity=go.passes.NM(2, 4)), go.passes.Quantize([(x,)])]
+        artifact = go.compile(go.Pipeline(recipe)(program), "sm_80")
+        given = artifact.session()(x.numpy())
+        check_faults()
+        with torch.no_grad():
+            want = artifact.program(x).numpy()
+        forms = [kernel.form for kernel in artifact.manifest.kernels if kernel.form]
+        print(json.dumps({"equal": bool(np.array_equal(given, want)), "forms": forms}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

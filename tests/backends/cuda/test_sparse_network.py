@@ -1,0 +1,21 @@
+"""A network through ``Prune`` 2:4, ``Quantize`` and ``compile``, run on a fake GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from graphopt.backends.cuda.toolkit import find_nvcc
+from tests.backends.cuda.fake_gpu import run_on_fake
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_a_pruned_network_equals_the_program(tmp_path: Path) -> None:
+    fixed, dynamic = (json.loads(line) for line in run_on_fake("fake_sparse", tmp_path))
+    forms = ["mma", "mma.sp", "mma.sp", "mma.sp", "mma.sp"]  # the stem has three inputs, all there
+    assert fixed == {"equal": True, "forms": [*forms, "dp4a"]}
+    assert dynamic == {"equal": True, "forms": [*forms, "mma"]}
