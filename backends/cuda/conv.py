@@ -19,9 +19,10 @@ from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.conv_plan import STAGES, STEP, ConvPlan
 from graphopt.backends.cuda.conv_store import ConvStore, Result
 from graphopt.backends.cuda.conv_windows import BlockPlace, Windows
-from graphopt.backends.cuda.device import Device, synchronize
+from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS, Operand, sums_of
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
+from graphopt.backends.cuda.pipeline import pipeline
 from graphopt.backends.cuda.products import FRAGMENT_BYTES
 from graphopt.backends.cuda.shared_tile import SharedTile
 from graphopt.backends.cuda.stream import accumulators
@@ -80,50 +81,37 @@ class _Block:
 
     def _main_loop(self) -> Buffer:
         """The sums of products in the thread's registers."""
-        device, steps = self.device, self.plan.steps
+        device, tile = self.device, self.tile
         product = self.plan.product
         sums = accumulators(self.row_tiles * self.column_tiles * 4, product.sums, 0)
         x = View(self.plan.workload.x, self.flats[0])
         windows = Windows(self.plan, device, self.place, x, self.x_tile)
         lane = bind(tirx.floormod(self.place.thread, 32))
         warp_row, warp_column = self._warp()
-        tile = self.tile
         a = Operand(device, self.x_tile, lane, warp_row, tile.warp_rows, True, product.rounds)
         b = Operand(device, self.w_tile, lane, warp_column, tile.warp_columns, False)
-        for stage in range(STAGES - 1):
-            if stage < steps:
-                self._copy(windows, stage, stage)
-            device.commit()
-        with T.serial(0, steps) as step:
-            device.wait(STAGES - 2)
-            synchronize()
-            later = bind(step + (STAGES - 1))
-            with T.If(later < steps), T.Then():
-                self._copy(windows, later, tirx.floormod(later, STAGES))
-            device.commit()
-            self._multiply(sums, a, b, bind(tirx.floormod(step, STAGES)))
-        device.wait(0)
-        synchronize()
-        return sums
+        x_tile, w_tile = self.x_tile, self.w_tile
 
-    def _copy(self, windows: Windows, step: Expr, stage: Expr) -> None:
-        """Ask for step ``step`` of both tiles."""
-        windows.copy(step, stage)
-        size = self.tile.columns * self.plan.step_elements
-        source = bind((self.column_tile * self.plan.steps + step) * size)
-        thread, threads = self.place.thread, self.tile.threads
-        self.w_tile.copy_whole(self.device, self.flats[1], source, stage, thread, threads)
+        def copy(step: Expr, stage: Expr, wanted: Expr) -> None:
+            windows.copy(step, stage, wanted)
+            size = tile.columns * self.plan.step_elements
+            source = bind((self.column_tile * self.plan.steps + step) * size)
+            thread = self.place.thread
+            w_tile.copy_whole(device, self.flats[1], source, stage, thread, tile.threads, wanted)
 
-    def _multiply(self, sums: Buffer, a: Operand, b: Operand, stage: Expr) -> None:
-        """The warp's products of one stage."""
-        x_stage, w_stage = self.x_tile.stage(stage), self.w_tile.stage(stage)
-        for k in range(0, STEP, FRAGMENT_BYTES):
-            a.load(x_stage, k)
-            b.load(w_stage, k)
+        def load(stage: Expr, part: int, half: int) -> None:
+            a.load(x_tile.stage(stage), part, half)
+            b.load(w_tile.stage(stage), part, half)
+
+        def multiply(half: int) -> None:
             for i in range(self.row_tiles):
                 for j in range(self.column_tiles):
                     c = T.address_of(sums[(i * self.column_tiles + j) * 4])
-                    self.device.multiply(self.plan.product, c, a.fragment(i), b.fragment(j))
+                    device.multiply(product, c, a.fragment(i, half), b.fragment(j, half))
+
+        parts = STEP // FRAGMENT_BYTES
+        pipeline(device, self.plan.steps, STAGES, parts, copy, load, multiply)
+        return sums
 
     def _warp(self) -> tuple[Expr, Expr]:
         """First row and column of the warp within the tile."""

@@ -1,8 +1,8 @@
 """The rows of a convolution's matrix of windows, in shared memory: row m is the window of output m, k its taps' channels.
 
 The matrix is never written down: each thread works out once which windows the rows stand for that it copies, and at each
-step where the taps of its bytes lie. Where a window leaves the map, or a row is past the last output, the tile holds the
-zero point, which the bias takes back.
+step where the taps of its bytes lie. Where a window leaves the map the tile holds the zero point, which the bias takes back;
+past the last output, and behind the last tap, whose weights are zeros, anything.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Expr, bind, select
+from graphopt.backends.cpu.workload import Conv2d
 from graphopt.backends.cuda.conv_plan import ConvPlan
 from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.epilogue import int32
@@ -42,6 +43,16 @@ class _Window:
     target: Expr
 
 
+def _leaves_map(w: Conv2d) -> bool:
+    """True if a window of an output touches the padding."""
+    sizes = (w.x.height, w.x.width), (w.y.height, w.y.width)
+    axes = zip(*sizes, w.kernel, w.stride, w.padding, w.dilation, strict=True)
+    return any(
+        before > 0 or (outputs - 1) * stride + (taps - 1) * apart - before >= inputs
+        for inputs, outputs, taps, stride, before, apart in axes
+    )
+
+
 class Windows:
     """The copies of one thread into a tile of windows, made inside the launch and before the main loop."""
 
@@ -67,8 +78,8 @@ class Windows:
         pixel = bind((image * w.x.height + top) * w.x.width + left)
         return _Window(pixel, top, left, bind(self.tile.offset(row, self.column)))
 
-    def copy(self, step: Expr, stage: Expr) -> None:
-        """Ask for the bytes ``step * width ..`` of k, into a stage of the tile."""
+    def copy(self, step: Expr, stage: Expr, wanted: Expr = True) -> None:
+        """Ask for the bytes ``step * width ..`` of k, into a stage of the tile; where not ``wanted``, at most for padding."""
         plan, w, size = self.plan, self.workload, self.plan.product.item_bytes
         k = bind(tirx.floordiv(self.column, size) + step * (self.tile.width // size))
         tap_row, tap_column, channel = self._tap(k)
@@ -82,6 +93,7 @@ class Windows:
         for window in self.windows:
             line, column = window.top + down, window.left + right
             inside = tirx.all(
+                wanted,
                 k < plan.depth,
                 line >= 0,
                 line < w.x.height,
@@ -94,17 +106,12 @@ class Windows:
         """One vector of a window, or of what stands for it outside the map."""
         target = T.address_of(self.tile.memory[at])
         source = T.address_of(self.x.flat[self.x.at(pixel, channel)])
-        zero_point = self.workload.x_zero_point % 256
-        if zero_point == 0:
-            part = bind(select(inside, valid, int32(0)))
-            self.device.copy_part(target, source, self.plan.vector, part)
-            return
-        with T.If(inside):
-            with T.Then():
-                self.device.copy(target, source, self.plan.vector)
-            with T.Else():
-                word = tirx.const(zero_point * 0x01010101, "uint32")
-                self.device.fill(target, word, self.plan.vector)
+        w, size = self.workload, self.plan.vector
+        byte = w.x_zero_point % 256
+        if byte == 0 or not _leaves_map(w):
+            self.device.copy_part(target, source, size, bind(select(inside, valid, int32(0))))
+        else:
+            self.device.copy_or(target, source, size, inside, byte)
 
     def _tap(self, k: Expr) -> list[Expr]:
         """Tap row, tap column and channel of an element of k."""

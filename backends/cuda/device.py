@@ -37,8 +37,10 @@ class Device:
     def __init__(self, arch: Arch) -> None:
         self.arch = arch
 
-    def _call(self, name: str, signature: str, body: str, *arguments: Expr) -> None:
-        source = _function(signature, body)
+    def _call(
+        self, name: str, signature: str, body: str, *arguments: Expr, before: str = ""
+    ) -> None:
+        source = before + _function(signature, body)
         T.evaluate(T.cuda.func_call(name, *arguments, source_code=source))
 
     def multiply(self, product: Product, c: Expr, a: Expr, b: Expr) -> None:
@@ -108,15 +110,26 @@ class Device:
     def _is_async(self, size: int) -> bool:
         return self.arch.async_copy and size >= 4  # cp.async copies no less
 
-    def fill(self, target: Expr, word: Expr, size: int) -> None:
-        """``size`` bytes of shared memory from a word, repeated."""
-        kind = _COPY_TYPES[size]
-        name = f"graphopt_fill_{size}"
-        words = ", ".join(["word"] * (size // 4))
-        value = f"({kind})word" if size <= 4 else f"make_{kind}({words})"
-        self._call(
-            name, f"void {name}(uchar* to, uint word)", f"  *({kind}*)to = {value};\n", target, word
-        )
+    def copy_or(self, target: Expr, source: Expr, size: int, inside: Expr, byte: int) -> None:
+        """As ``copy`` where ``inside``, and ``size`` times a byte elsewhere.
+
+        Those are copied too, from a constant: a store beside the copies would be a second way through the loop.
+        """
+        name, kind = f"graphopt_copy_or_{byte}_{size}", _COPY_TYPES[size]
+        words = ", ".join([hex(byte * 0x01010101) + "u"] * (size // 4))
+        line, before = f"graphopt_bytes_{byte}_{size}", ""
+        if self._is_async(size):
+            before = f"static __device__ const {kind} {line} = {{{words}}};\n"
+            body = f"""\
+  const void* chosen = inside ? from : (const void*)&{line};
+  asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size};"
+               :: "r"({_shared_address("to")}), "l"(chosen) : "memory");
+"""
+        else:
+            value = words if size == 4 else f"make_{kind}({words})"
+            body = f"  *({kind}*)to = inside ? *(const {kind}*)from : {value};\n"
+        signature = f"void {name}(uchar* to, const void* from, bool inside)"
+        self._call(name, signature, body, target, source, inside, before=before)
 
     def commit(self) -> None:
         """The copies since the last commit are a group."""
@@ -137,17 +150,17 @@ def synchronize() -> None:
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
-def dot(x: Expr, weights: Expr, accumulator: Expr) -> Expr:
-    """``accumulator + sum over 4 bytes of x * weight``: uint8 in a uint32 by int8 in an int32 (``dp4a.u32.s32``)."""
-    body = """\
+def dot(x: Expr, weights: Expr, accumulator: Expr, dtype: str) -> Expr:
+    """``accumulator + sum over 4 bytes of x * weight``: bytes of ``dtype`` in a uint32 by int8 in an int32 (``dp4a``)."""
+    kind = {"uint8": "u", "int8": "s"}[dtype]
+    name = f"graphopt_dot_{kind}8"
+    body = f"""\
   int sum;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(w), "r"(c));
+  asm("dp4a.{kind}32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(w), "r"(c));
   return sum;
 """
-    source = _function("int graphopt_dot(unsigned x, int w, int c)", body)
-    call = T.cuda.func_call(
-        "graphopt_dot", x, weights, accumulator, source_code=source, return_type="int32"
-    )
+    source = _function(f"int {name}(unsigned x, int w, int c)", body)
+    call = T.cuda.func_call(name, x, weights, accumulator, source_code=source, return_type="int32")
     return bind(call)
 
 

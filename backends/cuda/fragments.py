@@ -13,6 +13,8 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Expr, bind
 from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.pipeline import HALVES
+from graphopt.backends.cuda.products import FRAGMENT_BYTES
 from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile
 
 MMA_ROWS, MMA_COLUMNS = 16, 8
@@ -42,23 +44,28 @@ class Operand:
         half, pair = tirx.floormod(matrix, 2), tirx.floordiv(matrix, 2)
         # left: rows 0-7 and 8-15 of the first 16 bytes, then of the others; right: both halves of k for 8 rows, then the next
         row, chunk = (half, pair) if left else (pair, half)
-        self.row = bind(first_row + row * 8 + line)
-        self.column = bind(chunk * CHUNK)
+        at_row, at_column = bind(first_row + row * 8 + line), bind(chunk * CHUNK)
+        # where a lane's first row lies in a stage, for each part of k; rows 16 further have their chunks swapped alike
+        self.offsets = [
+            bind(tile.offset(at_row, at_column + k)) for k in range(0, tile.width, FRAGMENT_BYTES)
+        ]
         self.step = _REGISTERS if left else _REGISTERS // 2
-        self.registers = T.alloc_buffer((self.loads * _REGISTERS,), "uint32", scope="local")
+        self.half = self.loads * _REGISTERS
+        self.registers = T.alloc_buffer((HALVES * self.half,), "uint32", scope="local")
 
-    def load(self, stage: Expr, k: int) -> None:
-        """Bytes ``k .. k + 32`` of every row, of the stage that begins at ``stage``."""
+    def load(self, stage: Expr, part: int, half: int) -> None:
+        """Bytes ``32 * part ..`` of every row, of the stage that begins at ``stage``, into half ``half`` of the registers."""
+        first = bind(stage + self.offsets[part])
         for i in range(self.loads):
-            place = self.tile.place(stage, self.row + i * ROWS, self.column + k)
-            registers = T.address_of(self.registers[_REGISTERS * i])
+            place = T.address_of(self.tile.memory[first + i * ROWS * self.tile.width])
+            registers = T.address_of(self.registers[half * self.half + _REGISTERS * i])
             self.device.load_matrices(registers, place)
             if self.rounds:
                 self.device.round_tf32(registers)
 
-    def fragment(self, index: int) -> Expr:
+    def fragment(self, index: int, half: int) -> Expr:
         """The address of the registers of 16 rows of a left operand, of 8 of a right one."""
-        return T.address_of(self.registers[self.step * index])
+        return T.address_of(self.registers[half * self.half + self.step * index])
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,16 @@ class SharedTile:
         return T.address_of(self.memory[stage + self.offset(row, column)])
 
     def copy_whole(
-        self, device: Device, source: Buffer, first: Expr, stage: Expr, thread: Expr, threads: int
+        self,
+        device: Device,
+        source: Buffer,
+        first: Expr,
+        stage: Expr,
+        thread: Expr,
+        threads: int,
+        wanted: Expr = True,
     ) -> None:
-        """Ask for a whole tile whose rows lie behind one another in ``source``, from element ``first`` on."""
+        """Ask for a whole tile whose rows lie behind one another in ``source``, from element ``first`` on, where ``wanted``."""
         size, item = self.rows * self.width, item_bytes(str(source.dtype))
         base = self.stage(stage)
         for start in range(0, size, threads * CHUNK):
@@ -59,8 +66,11 @@ class SharedTile:
             row, column = tirx.floordiv(offset, self.width), tirx.floormod(offset, self.width)
             target = self.place(base, row, column)
             address = T.address_of(source[first + tirx.floordiv(offset, item)])
-            if size - start >= threads * CHUNK:
+            there = wanted
+            if size - start < threads * CHUNK:
+                there = tirx.all(wanted, offset < size)
+            if there is True:
                 device.copy(target, address, CHUNK)
                 continue
-            with T.If(offset < size), T.Then():
+            with T.If(there), T.Then():
                 device.copy(target, address, CHUNK)

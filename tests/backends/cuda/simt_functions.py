@@ -41,6 +41,9 @@ _ELEMENTWISE: dict[str, Any] = {
     "tirx.exp": np.exp,
     "tirx.tanh": np.tanh,
     "tirx.erf": np.vectorize(math.erf, otypes=[np.float32]),
+    "expf": np.exp,
+    "tanhf": np.tanh,
+    "erff": np.vectorize(math.erf, otypes=[np.float32]),
     "__fmul_rn": np.multiply,
 }
 
@@ -58,8 +61,8 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         return _ELEMENTWISE[name](*values)
     if name == "__float2int_rn":
         return np.rint(values[0]).astype(np.int64).astype(np.int32)
-    if name == "graphopt_dot":
-        return _dot(grid, *values)
+    if name in ("graphopt_dot_u8", "graphopt_dot_s8"):
+        return _dot(grid, "uint8" if name.endswith("u8") else "int8", *values)
     if name.startswith("graphopt_mma_"):
         return _multiply(grid, name.removeprefix("graphopt_mma_"), *values)
     if name == "graphopt_round_tf32":
@@ -70,16 +73,16 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         return _load_matrices(grid, *values)
     if name == "graphopt_commit":
         return grid.commit()
-    copy = re.fullmatch(r"graphopt_(copy|copy_part|fill|wait)_(\d+)", name)
+    copy = re.fullmatch(r"graphopt_(copy|copy_part|copy_or_\d+|wait)_(\d+)", name)
     assert copy is not None, f"{name} has no definition here"
     size = int(copy[2])
     if copy[1] == "wait":
         return grid.wait(size)
-    if copy[1].startswith("copy"):
-        return grid.announce(*values[:2], size, grid.asynchronous and size >= 4, *values[2:])
-    word = np.broadcast_to(np.asarray(values[1], np.uint32), (grid.lanes,))
-    words = np.ascontiguousarray(np.repeat(word[:, None], -(-size // 4), axis=1)).view(np.uint8)
-    return grid.write(values[0], np.ascontiguousarray(words[:, :size]))
+    fill = 0
+    if copy[1].startswith("copy_or_"):
+        fill = int(copy[1].removeprefix("copy_or_"))
+        values[2] = np.where(values[2], size, 0)
+    return grid.announce(*values[:2], size, grid.asynchronous and size >= 4, *values[2:], fill=fill)
 
 
 def _lanes(grid: Any, value: Any, dtype: str) -> Array:
@@ -87,8 +90,8 @@ def _lanes(grid: Any, value: Any, dtype: str) -> Array:
     return np.ascontiguousarray(whole.astype(dtype)).reshape(-1, 1)
 
 
-def _dot(grid: Any, x: Any, weight: Any, accumulator: Any) -> Array:
-    left = _lanes(grid, x, "uint32").view(np.uint8).astype(np.int32)
+def _dot(grid: Any, dtype: str, x: Any, weight: Any, accumulator: Any) -> Array:
+    left = _lanes(grid, x, "uint32").view(dtype).astype(np.int32)
     right = _lanes(grid, weight, "int32").view(np.int8).astype(np.int32)
     total: Array = (left * right).sum(1, dtype=np.int32) + np.asarray(accumulator, np.int32)
     return total

@@ -137,12 +137,22 @@ class Memory:
         return result
 
     def announce(
-        self, target: Pointer, source: Pointer, size: int, asynchronous: bool, valid: Any = None
+        self,
+        target: Pointer,
+        source: Pointer,
+        size: int,
+        asynchronous: bool,
+        valid: Any = None,
+        fill: int = 0,
     ) -> None:
-        """A copy to shared memory, there when its group has been waited for; zeros behind ``valid`` bytes, which alone
-        are read.
+        """A copy to shared memory, there when its group has been waited for.
+
+        Only the first ``valid`` bytes are read where that is given; behind them comes ``fill``.
         """
-        data = self.read(source, size) if valid is None else self._read_part(source, size, valid)
+        if valid is None:
+            data = self.read(source, size)
+        else:
+            data = self._read_part(source, size, valid, fill)
         if not asynchronous:
             self.write(target, data)
             return
@@ -158,7 +168,7 @@ class Memory:
 
         self.groups[-1].append(land)
 
-    def _read_part(self, source: Pointer, size: int, valid: Any) -> Array:
+    def _read_part(self, source: Pointer, size: int, valid: Any, fill: int) -> Array:
         count = np.broadcast_to(np.asarray(valid), (self.lanes,))
         first = np.broadcast_to(source.byte, (self.lanes,))
         active = self.mask & (count > 0)
@@ -166,11 +176,12 @@ class Memory:
             raise Fault(
                 f"{source.storage.name}: a copy of {size} bytes that is larger, or misaligned"
             )
-        data = np.zeros((self.lanes, size), np.uint8)
+        data = np.full((self.lanes, size), fill, np.uint8)
         for i in range(size):
             there = self.mask & (i < count)
             if there.any():
-                data[:, i] = self.read(Pointer(source.storage, source.byte + i), 1, there)[:, 0]
+                byte = Pointer(source.storage, source.byte + i)
+                data[there, i] = self.read(byte, 1, there)[there, 0]
         return data
 
     def commit(self) -> None:

@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Buffer, Expr
 from graphopt.backends.cpu.stream import Argument
-from graphopt.backends.cuda import conv, dot
+from graphopt.backends.cuda import dot, pipeline
 from graphopt.backends.cuda.device import Device, synchronize
 from graphopt.backends.cuda.memory import build
 from tests.backends.cuda.harness import AMPERE, ConvCase, conv_workload
@@ -128,7 +128,7 @@ def test_a_copy_that_is_on_its_way(waits: bool) -> None:
             run(function, x, y)
 
 
-@pytest.mark.parametrize("module", [conv, dot])
+@pytest.mark.parametrize("module", [pipeline, dot])
 def test_kernels_need_their_barriers(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     monkeypatch.setattr(module, "synchronize", lambda: None)
     few = conv_workload((70, 40), batch=1, size=(1, 1), kernel=(1, 1), padding=(0, 0))
