@@ -96,7 +96,7 @@ _ROWS = (
     _x86("avx512", "avx512", _V4, "512-bit, int8 widened to int16"),
     _x86("avx2", "avx2", _V3, "256-bit, int8 widened to int16"),
     _x86("x86-64", "sse4", _V2, "128-bit baseline (x86-64-v2)"),
-    _arm("aarch64-i8mm", _NEON | {"asimddp", "i8mm"}, "max", "NEON, int8 by usdot", "neon-i8mm"),
+    _arm("aarch64-i8mm", _NEON | {"asimddp", "i8mm"}, "max", "NEON, int8 by usmmla", "neon-i8mm"),
     _arm(
         "aarch64-dotprod", _NEON | {"asimddp"}, "cortex-a76", "NEON, int8 by sdot", "neon-dotprod"
     ),
@@ -108,7 +108,7 @@ _ROWS = (
         "graviton3",
         _ARM_V8_4 | {"bf16", "i8mm", "rng"},
         "max",
-        "Neoverse V1, int8 by usdot",
+        "Neoverse V1, int8 by usmmla",
     ),
     _arm("apple-m1", _ARM_V8_4 | {"flagm2", "frint", "sb"}, "max", "aarch64 Linux, int8 by sdot"),
     _arm("android-arm64", _NEON, "cortex-a53", "any arm64 Android, NEON"),

@@ -36,6 +36,7 @@ NEON = Isa(
     by_element=True,
     packs_two=False,
     round_intrinsic="llvm.aarch64.neon.fcvtns",
+    latency=4.0,
     loads_a_cycle=1.0,
     l2_bytes_a_cycle=8.0,
 )
@@ -56,6 +57,7 @@ I8MM = replace(
     mattr=(*_MATTR, "+dotprod", "+i8mm"),
     features=(*_BASE, "asimddp", "i8mm"),
     dot_intrinsic="llvm.aarch64.neon.usdot",
+    matrix_intrinsic="llvm.aarch64.neon.usmmla",
     flips=(0, 0, 0, 0),
 )
 
@@ -88,6 +90,9 @@ ISAS: dict[str, Isa] = {
             name="graviton3",
             mcpu="neoverse-v1",
             mattr=("+neon", "+dotprod", "+i8mm", "-sve"),
+            pipes=4,
+            loads_a_cycle=3.0,
+            l2_bytes_a_cycle=32.0,
             l1_bytes=64 * _KIB,
             l2_bytes=1024 * _KIB,
         ),
@@ -96,6 +101,9 @@ ISAS: dict[str, Isa] = {
             name="apple-m1",
             mcpu="apple-m1",
             mattr=("+neon", "+dotprod"),
+            pipes=4,
+            loads_a_cycle=3.0,
+            l2_bytes_a_cycle=32.0,
             l1_bytes=128 * _KIB,
             l2_bytes=4096 * _KIB,
         ),

@@ -86,13 +86,15 @@ def _tiles(workload: Conv2d, isa: Isa) -> list[tuple[int, int]]:
     dtype, line = workload.x.dtype, line_pixels(workload)
     plan = plan_conv2d(workload, isa)
     least: dict[tuple[int, int], int] = {}  # (tiles of a line, vectors) -> pixels
-    for pixels, vectors in isa.tiles(dtype):
+    for pixels, vectors in plan.isa.tiles(dtype):
         if pixels <= line and vectors <= plan.group_vectors:
             count = -(-line // pixels), vectors
             least[count] = min(pixels, least.get(count, pixels))
     tiles = [(pixels, vectors) for (_, vectors), pixels in least.items()]
     vectors, steps, residual = plan.group_vectors, plan.all_steps, workload.residual is not None
-    tiles.sort(key=lambda tile: estimate_cycles(isa, dtype, line, vectors, steps, tile, residual))
+    tiles.sort(
+        key=lambda tile: estimate_cycles(plan.isa, dtype, line, vectors, steps, tile, residual)
+    )
     return tiles[:_MOST_TILES]
 
 

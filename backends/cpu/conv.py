@@ -23,6 +23,7 @@ from graphopt.backends.cpu.conv_steps import Steps, optional_loop
 from graphopt.backends.cpu.conv_store import Beside, Place, Scratch, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.cpu.matrix import Blocks
 from graphopt.backends.cpu.surroundings import fill_surroundings
 from graphopt.backends.cpu.workload import Conv2d, Layout
 
@@ -66,10 +67,10 @@ class _Kernel:
 
     def __init__(self, workload: Conv2d, isa: Isa, threads: int, choice: ConvChoice | None) -> None:
         self.workload = workload
-        self.isa = isa
         self.threads = threads
         self.name = function_name(workload, isa, threads, choice)
         self.plan = plan_conv2d(workload, isa, choice)
+        self.isa = self.plan.isa
         self.integer = workload.x.dtype == "uint8"
         self.accumulator_dtype = "int32" if self.integer else "float32"
 
@@ -175,13 +176,10 @@ class _Kernel:
 
         def accumulate(unit: Expr, beside: Beside | None) -> emit.Accumulators:
             place = self._place(unit)
-            accumulators = emit.Accumulators(
-                plan.pixels, vectors, self.accumulator_dtype, plan.lanes
-            )
+            accumulators = self._accumulators(vectors)
             for v in range(vectors):
                 start = bind(emit.load(self.bias, packed_channel + v * plan.lanes, plan.lanes))
-                for p in range(plan.pixels):
-                    accumulators.set(p, v, start)
+                accumulators.begin(v, start)
             self._prefetch_residual(channels, y_channel, place)
             ahead = self._prefetch_start(unit - first, weights, vectors)
             x_start = self._x_start(place) + x_channel
@@ -201,7 +199,13 @@ class _Kernel:
             return
         with T.serial(first, last) as unit:
             accumulators = accumulate(unit, None)
-            self.store.finish(accumulators.get, 0, plan.pixels, target(unit))
+            self.store.finish(accumulators.vector, 0, plan.pixels, target(unit))
+
+    def _accumulators(self, vectors: int) -> emit.Accumulators:
+        plan = self.plan
+        if plan.isa.form == "matrix":
+            return Blocks(plan.pixels, vectors)
+        return emit.Accumulators(plan.pixels, vectors, self.accumulator_dtype, plan.lanes)
 
     def _overlaps(self) -> bool:
         """True where a tile's epilogue runs beside the next tile's steps."""
@@ -233,7 +237,7 @@ class _Kernel:
         def keep(accumulators: emit.Accumulators) -> None:
             for v in range(vectors):
                 for p in range(plan.pixels):
-                    scratch.set(p, v, accumulators.get(p, v))
+                    scratch.set(p, v, accumulators.vector(p, v))
 
         keep(accumulate(first, None))
         with T.serial(first + 1, last) as unit:

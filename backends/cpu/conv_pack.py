@@ -30,7 +30,7 @@ def _windows(workload: Conv2d, plan: ConvPlan, weight: Array) -> Array:
     return dense.reshape(plan.groups, plan.out_channels, kh * kw, pitch)
 
 
-def _pack_weight(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> Array:
+def _pack_weight(workload: Conv2d, plan: ConvPlan, weight: Array) -> Array:
     """The flat packed weight."""
     windows = _windows(workload, plan, weight)
     depth = plan.steps * plan.step
@@ -40,7 +40,7 @@ def _pack_weight(workload: Conv2d, plan: ConvPlan, isa: Isa, weight: Array) -> A
     groups, vectors, lanes = plan.groups, plan.group_vectors, plan.lanes
     split = padded.reshape(groups, vectors, lanes, plan.all_steps, plan.step)
     split = split.transpose(0, 1, 3, 2, 4)  # group, vector, step, lane, channel
-    halves = isa.half_channels if plan.step == INT8_STEP else ((0,),)
+    halves = plan.isa.half_channels if weight.dtype == np.int8 else ((0,),)
     ordered = np.stack([split[..., channels] for channels in halves], axis=3)
     ordered = ordered.reshape(groups, vectors, plan.all_steps, plan.step_elements)
     blocks = [
@@ -90,7 +90,7 @@ def pack_conv2d(
     if workload.x.dtype == "float32":
         weight = weight.astype(np.float32, copy=False)
         start = folded_bias(workload, weight, bias)
-        return [_pack_weight(workload, plan, isa, weight), _pack_channels(plan, start)]
+        return [_pack_weight(workload, plan, weight), _pack_channels(plan, start)]
     if weight.dtype != np.int8:
         raise CompileError(
             f"conv2d on uint8 activations takes an int8 weight, not {weight.dtype}; quantize it"
@@ -103,7 +103,7 @@ def pack_conv2d(
     if any(isa.flips):
         start = start.astype(np.int32) + _flipped_sums(workload, plan, isa, weight)
     return [
-        _pack_weight(workload, plan, isa, weight),
+        _pack_weight(workload, plan, weight),
         _pack_channels(plan, start),
         _pack_channels(plan, multiplier.astype(np.float32, copy=False)),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from graphopt.backends.cpu.conv_check import check_conv2d
 from graphopt.backends.cpu.epilogue import PACKED_VECTORS
 from graphopt.backends.cpu.isa import INT8_STEP, Isa
 from graphopt.backends.cpu.workload import Conv2d
@@ -21,7 +22,6 @@ _LOOP_CYCLES = 0.5  # an int8 step's loop counter and branch; a float32 step hid
 _LINE_BYTES = 64
 _QUEUED_LINES = 12  # lines of y and residual that a float32 tile touches beside its arithmetic
 _LINE_CYCLES = 16.0  # each further one: 14 x 2 with a residual at 0.75 of 7 x 2
-_DOT_LATENCY = 5.0  # cycles from an accumulator to itself
 _EPILOGUE_CYCLES = 5.0  # a vector: convert, scale, clamp, round, narrow, store
 _TAIL_PENALTY = 1.05  # a narrower last block is code of its own
 _TILE_CYCLES = 12.0  # a tile: addresses, accumulators, loop exits
@@ -40,6 +40,8 @@ _FEW_STEPS = 12  # that leave an epilogue little to run beside
 _FEW_SUMS = 12
 _HURRIED_PENALTY = 1.25  # 224 x 224 x 3 -> 32: 8 x 2 takes 60 us, 6 x 2 and 8 x 1 take 45
 _SHARED_WEIGHTS = 0.3  # of L2, up to which every core reads all weights
+# A step's instructions beside its products: of a pixel, and of a vector of weights.
+_SPREAD_INSTRUCTIONS = {"dot": (0.0, 0), "pairs": (2.0, 2), "long": (2.0, 0), "matrix": (0.5, 0)}
 _PAGE_BYTES = 4096  # pixels this far apart share one set of the L1 cache
 _ALIASED_PIXELS = 7  # more of them push each other out: 14 x 2 at half the speed of 7 x 2
 
@@ -65,7 +67,8 @@ class ConvPlan:
     vector. The kernel walks ``taps_high x taps_wide`` spans of ``span`` consecutive input elements, ``step`` at a time; the
     columns of a window are one span where they lie side by side in memory (``merged_columns``).
     ``pixels x vectors`` is the register tile. ``flat_pixels``: the whole image is one line of pixels (1x1, no margins);
-    ``may_not_fit``: of a dynamic batch, that line can be shorter than the tile. ``chunk``: as in ``ConvChoice``.
+    ``may_not_fit``: of a dynamic batch, that line can be shorter than the tile. ``isa`` is the one of the row's ``dense`` forms
+    that multiplies. ``chunk``: as in ``ConvChoice``.
     """
 
     groups: int
@@ -81,6 +84,7 @@ class ConvPlan:
     lanes: int
     flat_pixels: bool
     may_not_fit: bool
+    isa: Isa
     chunk: int = 0
 
     @property
@@ -139,44 +143,6 @@ class ConvPlan:
         return self.groups * self.group_vectors * self.lanes
 
 
-def _check(workload: Conv2d) -> None:
-    """Refuse what the generator cannot compute, naming the fault."""
-    x, y, groups = workload.x, workload.y, workload.groups
-    integer = x.dtype == "uint8"
-    if x.dtype not in ("uint8", "float32"):
-        raise CompileError(
-            f"conv2d takes uint8 or float32 activations, not {x.dtype}; insert a Convert"
-        )
-    if x.channels % groups or y.channels % groups:
-        raise CompileError(
-            f"conv2d cannot split {x.channels} -> {y.channels} channels into {groups} groups; correct `groups`"
-        )
-    out = "uint8" if workload.epilogue.requantize is not None else "float32"
-    if (y.dtype == "uint8") != (out == "uint8") or (out == "uint8" and not integer):
-        raise CompileError(
-            f"conv2d {x.dtype} -> {y.dtype} does not fit its epilogue, which makes {out}; correct y.dtype"
-        )
-    takes = workload.epilogue.residual_add is not None or workload.epilogue.float_residual
-    if takes != (workload.residual is not None):
-        raise CompileError(
-            "conv2d has a residual layout without a residual epilogue, or one without the other"
-        )
-    (kh, kw), (sh, sw), (dh, dw) = workload.kernel, workload.stride, workload.dilation
-    top, left = workload.padding
-    last_row = (y.height - 1) * sh - top + (kh - 1) * dh
-    last_column = (y.width - 1) * sw - left + (kw - 1) * dw
-    if (
-        x.top < top
-        or x.left < left
-        or last_row >= x.height + x.bottom
-        or last_column >= x.width + x.right
-    ):
-        raise CompileError(
-            f"conv2d {kh}x{kw} reads outside its input's margins; give x margins of at least "
-            f"top {top}, left {left}, bottom {max(0, last_row + 1 - x.height)}, right {max(0, last_column + 1 - x.width)}"
-        )
-
-
 def _merge(groups: int, out_channels: int, lanes: int) -> int:
     """How many neighbouring groups share one channel vector: the extra products are zeros in otherwise idle lanes."""
     fits = [m for m in range(1, groups + 1) if groups % m == 0 and m * out_channels <= lanes]
@@ -201,15 +167,16 @@ def _tile_cycles(
 ) -> float:
     """Estimated cycles of a whole tile: arithmetic, loads or latency bound, whichever is most."""
     if dtype == "float32":
-        products, spread, widen = 1, 0, 0
+        products, spread, widen = 1, 0.0, 0
     else:
         products = isa.products
-        spread, widen = {"dot": (0, 0), "pairs": (2, 2), "long": (2, 0)}[isa.form]
-    arithmetic = pixels * vectors * products + pixels * spread + vectors * widen
-    loads = pixels / isa.steps_a_load + vectors
-    step = max(arithmetic / 2, loads / isa.loads_a_cycle, _DOT_LATENCY)
+        spread, widen = _SPREAD_INSTRUCTIONS[isa.form]
+    whole = -(-pixels // isa.sum_pixels) * isa.sum_pixels
+    arithmetic = whole * vectors * products + pixels * spread + vectors * widen
+    loads = pixels / isa.steps_a_load + vectors * isa.sum_pixels
+    step = max(arithmetic / isa.pipes, loads / isa.loads_a_cycle, isa.latency)
     step += pixels * _PIXEL_CYCLES + vectors * _WEIGHT_CYCLES
-    weight_bytes = vectors * isa.vector_bytes
+    weight_bytes = vectors * isa.vector_bytes * isa.sum_pixels
     if steps * weight_bytes > isa.l1_bytes // 2:
         step = max(step, weight_bytes / isa.l2_bytes_a_cycle)
     tile = pixels * vectors * _EPILOGUE_CYCLES + _TILE_CYCLES
@@ -231,7 +198,7 @@ def overlaps(isa: Isa, dtype: str, pixels: int, vectors: int) -> bool:
 
 def _overlapped_cycles(isa: Isa, pixels: int, vectors: int, steps: int) -> float:
     """``_tile_cycles`` of such a tile: no more than what its instructions take of the pipes."""
-    step = max(pixels * vectors * isa.halves / 2, (pixels + vectors) / 2, _BESIDE_LATENCY)
+    step = max(pixels * vectors * isa.halves / isa.pipes, (pixels + vectors) / 2, _BESIDE_LATENCY)
     step += vectors * _BESIDE_WEIGHT_CYCLES
     weight_bytes = vectors * isa.vector_bytes
     if steps * weight_bytes > isa.l1_bytes // 2:
@@ -310,26 +277,42 @@ def _check_choice(choice: ConvChoice, isa: Isa, dtype: str, line: int, group_vec
 
 
 def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) -> ConvPlan:
-    """Cut a convolution for an ISA row, by ``choice`` or else by the cost model.
+    """Cut a convolution for an ISA row, by ``choice`` or else by the cost model, which also says what multiplies.
 
     Raises ``CompileError`` on a workload that is not consistent, or a choice that does not fit it.
     """
-    _check(workload)
+    check_conv2d(workload)
+    dtype = workload.x.dtype
+    first, *others = isa.dense(dtype)
+    if choice is not None:
+        tile = choice.pixels, choice.vectors
+        first, *others = [row for row in (first, *others) if tile in row.tiles(dtype)] or [first]
+    plan = _cut(workload, first, choice)
+    for row in others:
+        other = _cut(workload, row, choice)
+        if _cycles(workload, other) < _cycles(workload, plan):
+            plan = other
+    return plan
+
+
+def _cut(workload: Conv2d, isa: Isa, choice: ConvChoice | None) -> ConvPlan:
     x, y = workload.x, workload.y
-    step = INT8_STEP if x.dtype == "uint8" else 1
+    granule = INT8_STEP if x.dtype == "uint8" else 1  # channels that tensors are padded to
+    step = isa.step if x.dtype == "uint8" else 1
     merge = _merge(workload.groups, y.channels // workload.groups, isa.lanes)
     groups = workload.groups // merge
     in_channels = x.channels // groups
     out_channels = y.channels // groups
     kh, kw = workload.kernel
     adjacent = kw > 1 and workload.dilation[1] == 1 and not x.shared
-    merged = groups == 1 and adjacent and x.channel_stride % step == 0
-    padded = -(-in_channels // step) * step
+    merged = groups == 1 and adjacent and x.channel_stride % granule == 0
     span = in_channels
-    if groups == 1 and padded <= x.channel_stride:
-        span = padded  # the pad channels meet zero weights
+    if groups == 1:
+        # the pad channels meet zero weights
+        padded = [-(-in_channels // size) * size for size in (step, granule)]
+        span = next((size for size in padded if size <= x.channel_stride), in_channels)
     if merged:
-        span = (kw - 1) * x.channel_stride + padded
+        span = (kw - 1) * x.channel_stride + span
     wide = 1 if merged else kw
     line = line_pixels(workload)
     steps = kh * wide * -(-span // step)
@@ -355,18 +338,23 @@ def plan_conv2d(workload: Conv2d, isa: Isa, choice: ConvChoice | None = None) ->
         lanes=isa.lanes,
         flat_pixels=_is_flat(workload),
         may_not_fit=choice.pixels > y.height * y.width * (x.batch or 1),
+        isa=isa,
         chunk=choice.chunk,
     )
 
 
-def estimate(workload: Conv2d, isa: Isa) -> float:
-    """Estimated cycles on one thread, cut by the cost model."""
-    plan = plan_conv2d(workload, isa)
+def _cycles(workload: Conv2d, plan: ConvPlan) -> float:
+    """Estimated cycles of a plan on one thread."""
     lines = 1 if plan.flat_pixels else workload.y.height * (workload.y.batch or 1)
     tile, residual = (plan.pixels, plan.vectors), workload.residual is not None
     pixels, vectors, steps = line_pixels(workload), plan.group_vectors, plan.all_steps
-    one = estimate_cycles(isa, workload.x.dtype, pixels, vectors, steps, tile, residual)
+    one = estimate_cycles(plan.isa, workload.x.dtype, pixels, vectors, steps, tile, residual)
     return lines * plan.groups * one
+
+
+def estimate(workload: Conv2d, isa: Isa) -> float:
+    """Estimated cycles on one thread, cut by the cost model."""
+    return _cycles(workload, plan_conv2d(workload, isa))
 
 
 def chunk_tiles(

@@ -12,7 +12,8 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.conv_plan import ConvPlan
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.cpu.matrix import pair_of_loaded, pair_of_steps
 from graphopt.backends.cpu.workload import Conv2d
 
 
@@ -46,12 +47,16 @@ class Steps:
         vectors: int,
         weights: Expr,
         x_index: Expr,
-        valid: int = INT8_STEP,
+        valid: int | None = None,
     ) -> None:
         """One broadcast of every pixel times one packed weight of every channel vector."""
         weights, x_index = bind(weights), bind(x_index)
+        valid = valid or self.plan.step
 
         def spread(p: int) -> list[Expr]:
+            if self.isa.form == "matrix":
+                starts = [x_index + pixel * self._pitch for pixel in self._pixels(p)]
+                return [pair_of_steps(self.x, starts, valid)]
             index = x_index + p * self._pitch
             if not self.integer:
                 return [bind(emit.broadcast(emit.load(self.x, index, 1), self.plan.lanes))]
@@ -91,7 +96,14 @@ class Steps:
                 self.one(vectors, weights + k * depth, x_index + k * plan.step)
 
     def _lane(self, loaded: list[Expr], step: int, p: int) -> list[Expr]:
+        if self.isa.form == "matrix":
+            return [pair_of_loaded([loaded[pixel] for pixel in self._pixels(p)], step)]
         return emit.spread_step(self.isa, loaded[p], step)
+
+    def _pixels(self, row: int) -> range:
+        """The pixels of a row of registers of sums."""
+        size = self.isa.sum_pixels
+        return range(row * size, min(row * size + size, self.plan.pixels))
 
     @property
     def _pitch(self) -> int:
@@ -104,9 +116,10 @@ class Steps:
         weights: Expr,
         spread: Callable[[int], list[Expr]],
     ) -> None:
-        """Add ``spread(pixel)``, the left operands of a step, times its weights to all sums of the tile."""
-        plan, isa = self.plan, self.isa
-        offsets = [weights + v * plan.step_elements for v in range(vectors)]
+        """Add ``spread(row)``, the left operands of a step, times its weights to all sums of the tile."""
+        plan, isa, size = self.plan, self.isa, self.isa.sum_pixels
+        elements = plan.step_elements // size
+        offsets = [weights + v * elements for v in range(vectors * size)]
         if not self.integer:
             columns = [bind(emit.load(self.weight, o, plan.lanes)) for o in offsets]
             for p in range(plan.pixels):
@@ -116,7 +129,7 @@ class Steps:
                     self.accumulators.set(p, v, total)
             return
         halves = [emit.load_weights(isa, self.weight, o) for o in offsets]
-        for p in range(plan.pixels):
+        for p in range(-(-plan.pixels // size)):
             operands = spread(p)
             for v, half in enumerate(halves):
                 self.accumulators.set(

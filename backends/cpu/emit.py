@@ -214,7 +214,7 @@ def halves_of_lanes(isa: Isa, value: Expr) -> list[Expr]:
 
 def load_weights(isa: Isa, buffer: Buffer, index: Expr) -> list[Expr]:
     """The right operands of an int8 step, packed ``[half][lane][group]`` int8: one vector a half."""
-    if isa.form == "dot":
+    if isa.form in ("dot", "matrix"):
         return [bind(load(buffer, index, isa.lanes * INT8_STEP))]
     if isa.form == "long":
         size = 2 * isa.lanes
@@ -300,6 +300,7 @@ class Accumulators:
     """``rows`` x ``columns`` vectors that LLVM keeps in registers: buffers under 1,024 bytes, constant indices only."""
 
     def __init__(self, rows: int, columns: int, dtype: str, lanes: int) -> None:
+        self._rows = rows
         self._columns = columns
         self._lanes = lanes
         self._per_buffer = MAX_ALLOCA_BYTES // (4 * lanes)
@@ -312,6 +313,15 @@ class Accumulators:
     def _place(self, row: int, column: int) -> tuple[Buffer, int]:
         index, slot = divmod(row * self._columns + column, self._per_buffer)
         return self._buffers[index], slot * self._lanes
+
+    def begin(self, column: int, value: Expr) -> None:
+        """Put ``value`` into every row of a column."""
+        for row in range(self._rows):
+            self.set(row, column, value)
+
+    def vector(self, row: int, column: int) -> Expr:
+        """The sums of a pixel and a channel vector, however registers hold them."""
+        return self.get(row, column)
 
     def get(self, row: int, column: int) -> Expr:
         """The vector at ``(row, column)``."""

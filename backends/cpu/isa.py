@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import tvm
 
 INT8_STEP = 4  # input channels an int8 step takes: one 32-bit broadcast of activations
-_FORMS = {"dot": 4, "pairs": 2, "long": 4}  # channels that one sum of products takes
+# channels that one sum of products takes
+_FORMS = {"dot": 4, "pairs": 2, "long": 4, "matrix": 8}
 # Vectors of a tile on ARM: two are one load, so that odd numbers pair those of two steps, and spill; so do six.
 PAIRED = (1, 2, 4)
-_LONG_WEIGHTS = 4  # registers a vector: two halves of two steps, which LLVM loads early. With 2 of them tiles spill
+# Registers of weights a vector, which LLVM loads early; with fewer tiles spill. "long": two halves of two steps.
+_EARLY_WEIGHTS = {"long": 4, "matrix": 2}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Isa:
     "pairs": both sides are widened to int16 and two multiply-adds of pairs do it: u8 * s8 + u8 * s8 stays below 2**17.
     "long": a vector is two halves of ``[lane][2]`` bytes, channels 0 and 1 of every lane and then 2 and 3; the second half's
     int16 products are taken from the first one's, and pairs of the differences added to int32.
+    "matrix": one instruction of 2 pixels by 8 channels and 2 output channels; a step takes 8. Dense kernels alone know it: a row
+    that names ``matrix_intrinsic`` multiplies by it where the cost model says so (``dense``).
     Nothing saturates in any of them.
 
     Where the instruction takes no uint8, ``flips`` are what the channels of a step are combined with by exclusive or:
@@ -46,9 +50,12 @@ class Isa:
     pack_bytes: str  # two vectors of int16 to uint8, likewise
     form: str = "dot"
     flips: tuple[int, int, int, int] = (0, 0, 0, 0)
+    matrix_intrinsic: str = ""  # 2 x 8 uint8 by 8 x 2 int8, added to 2 x 2 int32
     by_element: bool = False  # multiply-adds take a lane of a vector as it is: a load serves ``lanes`` steps of a pixel
     packs_two: bool = True  # pack_words and pack_bytes take two vectors, or one
     round_intrinsic: str = "llvm.lrint"  # float32 to int32, half to even
+    pipes: int = 2  # vector multiplies a cycle
+    latency: float = 5.0  # cycles from an accumulator to itself
     loads_a_cycle: float = 2.0
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 512 * 1024
@@ -71,21 +78,30 @@ class Isa:
         return 4 * self.lanes
 
     @property
+    def step(self) -> int:
+        """Input channels that an int8 step takes."""
+        return max(INT8_STEP, self.dot_group)
+
+    @property
     def halves(self) -> int:
         """Dot-product instructions that an int8 step takes."""
-        return INT8_STEP // self.dot_group
+        return self.step // self.dot_group
+
+    @property
+    def sum_pixels(self) -> int:
+        """Pixels whose sums share a register, for as many times fewer channels."""
+        return 2 if self.form == "matrix" else 1
 
     @property
     def half_channels(self) -> tuple[tuple[int, ...], ...]:
         """The channels of a step that each half of its weights holds: a mask and a shift split pairs, halves of bytes lie apart."""
-        return {"dot": ((0, 1, 2, 3),), "pairs": ((0, 2), (1, 3)), "long": ((0, 1), (2, 3))}[
-            self.form
-        ]
+        whole = (tuple(range(self.step)),)
+        return {"pairs": ((0, 2), (1, 3)), "long": ((0, 1), (2, 3))}.get(self.form, whole)
 
     @property
     def steps_a_load(self) -> int:
         """Steps whose activations one load of a pixel brings."""
-        return self.lanes if self.by_element else 1
+        return self.vector_bytes // self.step if self.by_element else 1
 
     @property
     def dot_instructions(self) -> int:
@@ -113,6 +129,16 @@ class Isa:
     def can_overlap(self) -> bool:
         """True where epilogues hide beside another tile's steps: one load a step and pixel leaves registers for both."""
         return self.dot_accumulates and not self.by_element
+
+    @cached_property
+    def _matrix(self) -> Isa:
+        return replace(
+            self, form="matrix", dot_intrinsic=self.matrix_intrinsic, matrix_intrinsic=""
+        )
+
+    def dense(self, dtype: str) -> tuple[Isa, ...]:
+        """The rows that a dense kernel chooses from: this one, and the one that multiplies matrices."""
+        return (self, self._matrix) if dtype == "uint8" and self.matrix_intrinsic else (self,)
 
     @cached_property
     def _target(self) -> tvm.target.Target:
@@ -147,11 +173,12 @@ class Isa:
         if not self.by_element:
             free -= weights
         elif integer:
-            free -= any(self.flips) + (self.form == "long")
-            weights = _LONG_WEIGHTS if self.form == "long" else 1
+            free -= any(self.flips) + (self.form in ("long", "matrix"))
+            weights = _EARLY_WEIGHTS.get(self.form, 1)
+        paired, both = self.by_element and self.sum_pixels == 1, self.sum_pixels
         return tuple(
             (pixels, vectors)
-            for vectors in (PAIRED if self.by_element else range(1, 9))
+            for vectors in (PAIRED if paired else range(1, 9))
             for pixels in range(1, free // vectors)
-            if pixels * (vectors + held) + weights * vectors <= free
+            if -(-pixels // both) * both * (vectors + held) + weights * vectors <= free
         )

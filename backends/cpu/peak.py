@@ -27,7 +27,7 @@ def peak_name(dtype: str) -> str:
 
 def peak_operations(isa: Isa, dtype: str) -> int:
     """Operations (a multiply-accumulate is two) in one call of the kernel."""
-    products = isa.dot_group if dtype == "uint8" else 1
+    products = isa.dense(dtype)[-1].dot_group if dtype == "uint8" else 1
     return 2 * _ITERATIONS * CHAINS * isa.lanes * products
 
 
@@ -38,6 +38,7 @@ def peak_kernel(isa: Isa, dtype: str) -> tvm.tirx.PrimFunc:
     leave the loop.
     """
     element = "int32" if dtype == "uint8" else "float32"
+    isa = isa.dense(dtype)[-1]
     lanes = isa.lanes
     with emit.kernel(peak_name(dtype)) as builder:
         x = T.arg("x", T.buffer((lanes,), element))
@@ -64,7 +65,7 @@ def _chain(isa: Isa, dtype: str, accumulator: emit.Expr, operand: emit.Expr) -> 
         narrow = f"int8x{4 * isa.lanes}"
         both = T.reinterpret(narrow, accumulator)
         return emit.dot(isa, accumulator, [both], [T.reinterpret(narrow, operand)])
-    narrow = f"int8x{4 * isa.lanes}" if isa.dot_group == 4 else f"int16x{2 * isa.lanes}"
+    narrow = f"int16x{2 * isa.lanes}" if isa.form == "pairs" else f"int8x{4 * isa.lanes}"
     right = T.reinterpret(narrow, operand)
     if isa.dot_accumulates:
         return emit.intrinsic(vector, isa.dot_intrinsic, accumulator, right, right)

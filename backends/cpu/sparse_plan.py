@@ -283,7 +283,7 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
     pages = x.planes * maps / plan.parts * min(1.0, 4 * plan.map_pixels / _PAGE_BYTES)
     load += _PAGE_CYCLES * (1 - min(1.0, _PAGES / pages))
     spread = 0.0 if isa.form == "dot" or x.dtype == "float32" else _SPREAD_CYCLES
-    step = max(_LATENCY, vectors * max(load, products / 2) + _LOAD_CYCLES + spread)
+    step = max(_LATENCY, vectors * max(load, products / isa.pipes) + _LOAD_CYCLES + spread)
     blocks = density * x.planes * kh * workload.kernel[1]
     epilogue = _EPILOGUE_CYCLES if workload.residual is None else _RESIDUAL_CYCLES
     row = blocks * step + plan.parts * _ROW_CYCLES + vectors * epilogue

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.backends.cpu.isa import INT8_STEP, PAIRED, Isa
+from graphopt.backends.cpu.isa import PAIRED, Isa
 from graphopt.backends.cpu.winograd_transform import LARGEST_SUM, POINTS, TILE, WINDOW
 from graphopt.backends.cpu.workload import Conv2d
 
@@ -233,7 +233,7 @@ def _product_cycles(isa: Isa, integer: bool, tiles: int, vectors: int, steps: in
     """Estimated cycles of one register tile of one of the 36 matrix products."""
     products = isa.pair_instructions if integer else 1
     loads = tiles / isa.steps_a_load + vectors
-    step = max(tiles * vectors * products / 2, loads * _LOAD_CYCLES, _LATENCY)
+    step = max(tiles * vectors * products / isa.pipes, loads * _LOAD_CYCLES, _LATENCY)
     step += _LOOP_CYCLES
     return steps * step + tiles * vectors * _PRODUCT_CYCLES + _CALL_CYCLES
 
@@ -349,11 +349,12 @@ def _direct_cycles(workload: Conv2d, isa: Isa) -> float:
     x, y = workload.x, workload.y
     steps, products = x.channels, 1
     if x.dtype == "uint8":
-        steps = -(-x.channels // INT8_STEP)
-        products = isa.products
+        row = isa.dense(x.dtype)[-1]
+        steps = -(-x.channels // row.step)
+        products = row.products
     width = min(-(-y.width // pixels) * pixels for pixels in _DIRECT_PIXELS)
     pixels = (x.batch or 1) * y.height * width
-    one = 9 * steps * products / 2 + _DIRECT_CYCLES
+    one = 9 * steps * products / isa.pipes + _DIRECT_CYCLES
     return pixels * -(-y.channels // isa.lanes) * one * _DIRECT_OVERHEAD
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt import ops
-from graphopt.backends.cpu.isa import INT8_STEP, Isa
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.lower.batch_axis import Axis, Call, depends_on_batch, sizes_of
 from graphopt.backends.lower.batch_proof import batch_axes, batch_of, declined
 from graphopt.edit import propagate
@@ -170,7 +170,8 @@ def _waiting(moved: int, held: int, isa: Isa) -> float:
 
 
 def _macs_a_cycle(isa: Isa, sources: list[fx.Node]) -> float:
-    """Multiply-accumulates of two pipes of vectors."""
+    """Multiply-accumulates of all pipes of vectors."""
     if all(getattr(source.meta["val"], "dtype", None) != torch.uint8 for source in sources):
-        return 2.0 * isa.lanes
-    return 2.0 * isa.lanes * INT8_STEP / (isa.halves * (1 if isa.dot_accumulates else 2))
+        return float(isa.pipes * isa.lanes)
+    row = isa.dense("uint8")[-1]
+    return isa.pipes * isa.lanes * row.step / row.products
