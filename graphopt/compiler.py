@@ -17,6 +17,7 @@ from graphopt.backends.targets import Target, resolve
 from graphopt.errors import CompileError
 from graphopt.manifest import Manifest, Peak, TensorSpec
 from graphopt.modes import is_training
+from graphopt.precision import FLOAT32, check_precision
 from graphopt.preparation import prepare, thread_count
 from graphopt.program import Program
 from graphopt.signature import input_specs, output_specs, output_structure
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class CompileReport:
     """What ``compile`` did: seconds a stage, the layers that stayed float in a quantized program, with reasons, what
-    tuning chose, and whether the images of a batch run one by one, and why."""
+    tuning chose, whether the images of a batch run one by one, and why, and what floats are multiplied in."""
 
     target: str
     threads: int
@@ -44,6 +45,7 @@ class CompileReport:
     tuning: TuningReport | None = None
     image_by_image: bool = False
     images: str = ""
+    precision: str = FLOAT32
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -53,6 +55,7 @@ class CompileReport:
                 {"node": node, "reason": reason} for node, reason in self.float_layers
             ],
             "images": self.images,
+            "precision": self.precision,
         }
         return body if self.tuning is None else {**body, "tuning": self.tuning.summary()}
 
@@ -63,6 +66,7 @@ def compile(
     tune: str | None = None,
     threads: int | None = None,
     tuning: Tuning | str | os.PathLike[str] | None = None,
+    precision: str = FLOAT32,
 ) -> Artifact:
     """Lower ``program`` to machine code for ``target`` and return it as an ``Artifact``.
 
@@ -73,16 +77,19 @@ def compile(
     this target stays float; ``artifact.report.float_layers`` says which, and why. The images of a batch run one by one where
     the network treats each alone and that is faster (``artifact.report.images``). ``tuning`` is the file that keeps the measurements (default:
     in the user's cache folder) or a ``Tuning`` with a remote device; without ``tune`` its winners are used as they are.
+    ``precision`` is for GPUs, where floats may be multiplied on tensor cores: "float16" rewrites the float parts of the program
+    (``artifact.program``; inputs and outputs stay float32), "tf32" rounds the operands of convolutions and linear layers.
 
-    Raises TargetError for an unknown target, CompileError for a program in training mode or naming the operator that cannot
-    be lowered, TuneError.
+    Raises TargetError for an unknown target, CompileError for a program in training mode, for a precision that the target
+    lacks, or naming the operator that cannot be lowered, TuneError.
     """
     row = resolve(target)
+    check_precision(precision, row)
     count = thread_count(threads)
     if is_training(program.graph):
         raise CompileError("the program is in training mode; call program.eval() before compile")
     if row.kind == "cuda":
-        return _for_gpu(program, row, count, tune is not None or tuning is not None)
+        return _for_gpu(program, row, count, precision, tune is not None or tuning is not None)
     if tune is None and tuning is None:
         return _Compiler(program, row, count, None).run()
     from graphopt.tuning.search import Search
@@ -90,14 +97,16 @@ def compile(
     return _Compiler(program, row, count, Search(row, count, tuning, tune)).run()
 
 
-def _for_gpu(program: Program, target: Target, threads: int, tuned: bool) -> Artifact:
+def _for_gpu(
+    program: Program, target: Target, threads: int, precision: str, tuned: bool
+) -> Artifact:
     if tuned:
         raise CompileError(
             f"target {target.name}: nothing is tuned for GPUs yet; leave the options tune and tuning out"
         )
     from graphopt.backends.cuda.compiler import GpuCompiler
 
-    return GpuCompiler(program, target, threads).run()
+    return GpuCompiler(program, target, threads, precision).run()
 
 
 class _Compiler:

@@ -301,7 +301,7 @@ def pack_pool2d(workload: Pool2d, multiplier: float) -> list[npt.NDArray[np.floa
 
     With ``divisor_override`` every entry divides by that instead; other pools take no table.
     """
-    if workload.kind == "max" or workload.x.dtype == "float32":
+    if workload.kind == "max" or workload.x.dtype.startswith("float"):
         return []
     counts = np.arange(workload.kernel[0] * workload.kernel[1] + 1, dtype=np.float64)
     if workload.divisor_override:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt.artifact import Artifact
 from graphopt.backends.cuda.arch import ARCHS
 from graphopt.backends.cuda.build import build_library
+from graphopt.backends.cuda.cast_to_float16 import CastToFloat16, kept_in_float32
 from graphopt.backends.cuda.lower import SELECTORS, CudaKernels
 from graphopt.backends.integerize import integerize, kept_in_float
 from graphopt.backends.lower.emit import emit_kernels
@@ -22,6 +23,7 @@ from graphopt.backends.lower.sparse import Orders
 from graphopt.backends.targets import Target
 from graphopt.compiler import CompileReport, versions
 from graphopt.manifest import Manifest
+from graphopt.precision import FLOAT16
 from graphopt.preparation import is_quantized, simplified
 from graphopt.program import Program
 from graphopt.signature import input_specs, output_specs, output_structure
@@ -44,18 +46,19 @@ class GpuReport(CompileReport):
 class GpuCompiler:
     """One compilation; ``threads`` only goes into the manifest."""
 
-    def __init__(self, program: Program, target: Target, threads: int) -> None:
+    def __init__(self, program: Program, target: Target, threads: int, precision: str) -> None:
         self.source = program
         self.target = target
         self.threads = threads
+        self.precision = precision
         self.arch = ARCHS[target.isa]
         self.stages: dict[str, float] = {}
 
     def run(self) -> Artifact:
-        """The artifact, every quantized layer in integers. Raises CompileError."""
+        """The artifact, every quantized layer in integers, the others in ``precision``. Raises CompileError."""
         program = self._timed("prepare", self._prepare)
         plan = make_plan(program, SELECTORS, margins=False)
-        kernels = CudaKernels(plan.program, self.arch)
+        kernels = CudaKernels(plan.program, self.arch, self.precision)
         lowered = self._timed("kernels", lambda: emit_kernels(plan, kernels, Orders()))
         inputs = tuple(pytree.tree_leaves(program.example_inputs))
         exported = self._timed("export", lambda: export(lowered, inputs, program.dynamic_batch))
@@ -68,8 +71,9 @@ class GpuCompiler:
             self.target.name,
             self.threads,
             self.stages,
-            kept_in_float(program),
+            (*kept_in_float(program), *kept_in_float32(program)),
             images="a GPU takes the images of a batch together",
+            precision=self.precision,
             arch=self.arch.name,
             code=library.code,
         )
@@ -92,7 +96,12 @@ class GpuCompiler:
 
     def _prepare(self) -> Program:
         program = simplified(self.source)
-        return integerize(program, measure=False) if is_quantized(program) else program
+        quantized = is_quantized(program)
+        if quantized:
+            program = integerize(program, measure=False)
+        if self.precision != FLOAT16:
+            return program
+        return CastToFloat16(measure=not quantized)(program)
 
     def _timed(self, stage: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()

@@ -88,10 +88,17 @@ class ConvStore:
             synchronize()
         for result in results:
             at = bind(result.row * self.pitch + result.column)
-            other = None if early is None else staged[at]
+            other = None if early is None else self._staged_residual(staged, result, at)
             T.buffer_store(staged, T.cast(self._element(result, other), dtype), [at])
         synchronize()
         self._each_group(lambda at: self._store_group(staged, at))
+
+    def _staged_residual(self, staged: Buffer, result: Result, at: Expr) -> Expr:
+        """A residual from shared memory, where only those came that exist."""
+        output = self.place.first_output + result.row
+        channel = self._parameters(result.column)[0]
+        there = tirx.all(output < self.place.outputs, channel < self.y.stored_channels)
+        return tirx.if_then_else(there, staged[at], tirx.const(0, str(staged.dtype)))
 
     def _element(self, result: Result, residual: Expr | None) -> Expr:
         """What is stored of a sum; that of bytes lacks its residual."""

@@ -9,6 +9,8 @@ from graphopt.backends.cpu.emit import Expr, bind, select
 from graphopt.backends.cpu.workload import Activation, Epilogue, QuantizedAdd, Requantize
 from graphopt.backends.cuda.device import multiply_float, round_to_int
 
+FLOATS = ("float32", "float16")  # of activations; kernels compute in float32
+
 
 def int32(value: int) -> Expr:
     return tirx.const(value, "int32")
@@ -19,7 +21,7 @@ def float32(value: float) -> Expr:
 
 
 def to_float(value: Expr) -> Expr:
-    """float32(int32), rounded half to even."""
+    """float32 of an int32, rounded half to even, or of a float16, exactly."""
     return T.cast(value, "float32")
 
 

@@ -11,23 +11,32 @@ from graphopt.backends.cpu.pool import pack_pool2d
 from graphopt.backends.cpu.workload import Conv2d, Convert, Layout
 from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.conv import conv
-from graphopt.backends.cuda.conv_pack import pack_conv, pack_depthwise, pack_dot
+from graphopt.backends.cuda.conv_pack import (
+    pack_conv,
+    pack_depthwise,
+    pack_dot,
+    pack_float_conv,
+)
 from graphopt.backends.cuda.conv_plan import fits, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
 from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
 from graphopt.backends.cuda.float_conv import float_conv, pack_float
+from graphopt.backends.cuda.half_conv import half_conv, pack_half
 from graphopt.backends.cuda.memory import INDEX_LIMIT
+from graphopt.backends.cuda.narrow import narrowing, select_cast
 from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
+from graphopt.backends.cuda.products import PRODUCTS, product_of
 from graphopt.backends.cuda.sparse_conv import sparse_conv
 from graphopt.backends.cuda.sparse_pack import pack_sparse
 from graphopt.backends.cuda.sparse_plan import choose_sparse
 from graphopt.backends.lower import convolution, elementwise
-from graphopt.backends.lower.convolution import ConvolutionStep
+from graphopt.backends.lower.convolution import BatchNormStep, ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
 from graphopt.backends.lower.plan import Selector
 from graphopt.backends.lower.step import Kernel, KernelSource, Step
 from graphopt.errors import CompileError
+from graphopt.precision import FLOAT32, TF32
 from graphopt.program import Program
 
 Array = np.ndarray[Any, Any]
@@ -35,10 +44,11 @@ Array = np.ndarray[Any, Any]
 # What has a kernel here; everything else is TVM's.
 SELECTORS: tuple[Selector, ...] = (
     convolution.select_integer,
-    convolution.select_float,
+    narrowing(convolution.select_float),
     elementwise.select_integer,
-    elementwise.select_concat,
-    elementwise.select_float,
+    narrowing(elementwise.select_concat),
+    narrowing(elementwise.select_float),
+    select_cast,
 )
 
 
@@ -49,11 +59,12 @@ def _kernel(
 
 
 class CudaKernels(KernelSource):
-    """Code for one architecture."""
+    """Code for one architecture; ``precision`` is what float32 is multiplied in where tensor cores multiply it."""
 
-    def __init__(self, program: Program, arch: Arch) -> None:
+    def __init__(self, program: Program, arch: Arch, precision: str = FLOAT32) -> None:
         self.program = program
         self.arch = arch
+        self.precision = precision
 
     def convert(self, workload: Convert) -> Kernel:
         return _kernel(convert(workload))
@@ -95,8 +106,8 @@ class CudaKernels(KernelSource):
     def _convolution(self, step: ConvolutionStep, workload: Conv2d) -> Kernel:
         weight, bias, multiplier = step.arrays(self, workload)
         if multiplier is None:
-            packed = pack_float(workload, weight, bias)
-            return _kernel(float_conv(workload), tuple(packed), workload.macs)
+            statistics = isinstance(step, BatchNormStep)
+            return self._float_convolution(workload, weight, bias, statistics)
         assert bias is not None
         constants = (weight, bias, multiplier)
         zero_point = workload.x_zero_point
@@ -113,3 +124,23 @@ class CudaKernels(KernelSource):
             return _kernel(sparse_conv(sparse, self.arch), tuple(packed), workload.macs, "mma.sp")
         packed = pack_conv(plan, *constants)
         return _kernel(conv(plan, self.arch), tuple(packed), workload.macs, "mma")
+
+    def _float_convolution(
+        self, workload: Conv2d, weight: Array, bias: Array | None, statistics: bool
+    ) -> Kernel:
+        """A layer of floats: on tensor cores in float16 and tf32, else in float32; ``statistics``: of a batch norm."""
+        x, y = workload.x, workload.y
+        in_tf32 = self.precision == TF32 and x.dtype == FLOAT32
+        product = PRODUCTS[TF32] if in_tf32 else product_of(x.dtype)
+        if product is not None and not statistics and fits(workload, product):
+            plan = plan_conv(workload, self.arch, product=product)
+            packed = pack_float_conv(plan, weight, bias)
+            return _kernel(
+                conv(plan, self.arch), tuple(packed), workload.macs, f"mma {product.name}"
+            )
+        if {x.dtype, y.dtype} == {FLOAT32}:
+            packed = pack_float(workload, weight, bias)
+            return _kernel(float_conv(workload), tuple(packed), workload.macs)
+        dtype = "float32" if statistics else "float16"
+        packed = pack_half(workload, weight, bias, dtype)
+        return _kernel(half_conv(workload, dtype), tuple(packed), workload.macs, "direct")

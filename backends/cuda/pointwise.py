@@ -15,6 +15,7 @@ from graphopt.backends.cpu.stream import kernel_name
 from graphopt.backends.cpu.workload import Add, Concat, Convert, Layout, Mul
 from graphopt.backends.cuda.device import multiply_float
 from graphopt.backends.cuda.epilogue import (
+    FLOATS,
     apply_activation,
     float32,
     int32,
@@ -63,12 +64,12 @@ def _binary(kind: str, workload: Add | Mul, combine: Combine) -> PrimFunc:
 
 
 def add(workload: Add) -> PrimFunc:
-    """The kernel ``(a, b, y)`` of a residual sum."""
+    """The kernel ``(a, b, y)`` of a residual sum; floats of either type are added in float32."""
     parameters = workload.add
 
     def combine(a: Expr, b: Expr) -> Expr:
         if parameters is None:
-            return apply_activation(workload.activation, a + b)
+            return apply_activation(workload.activation, to_float(a) + to_float(b))
         return quantized_add(parameters, T.cast(a, "int32"), T.cast(b, "int32"))
 
     return _binary("add", workload, combine)
@@ -76,7 +77,11 @@ def add(workload: Add) -> PrimFunc:
 
 def mul(workload: Mul) -> PrimFunc:
     """The kernel ``(a, b, y)`` of a float product; b has a's shape or one value a channel."""
-    return _binary("mul", workload, lambda a, b: apply_activation(workload.activation, a * b))
+
+    def combine(a: Expr, b: Expr) -> Expr:
+        return apply_activation(workload.activation, to_float(a) * to_float(b))
+
+    return _binary("mul", workload, combine)
 
 
 def concat(workload: Concat) -> PrimFunc:
@@ -110,7 +115,7 @@ def concat(workload: Concat) -> PrimFunc:
 
 
 def convert(workload: Convert) -> PrimFunc:
-    """The kernel ``(x, y)``: quantize, dequantize, requantize or copy, from and to NHWC or dense NCHW."""
+    """The kernel ``(x, y)``: quantize, dequantize, requantize, round or copy, from and to NHWC or dense NCHW."""
     x, y = workload.x, workload.y
     nchw = "nchw" in (workload.x_order, workload.y_order)
     arguments = [activation("x", x, workload.x_order), activation("y", y, workload.y_order)]
@@ -142,11 +147,11 @@ def _map(workload: Convert) -> Callable[[Expr], Expr]:
     def apply(value: Expr) -> Expr:
         if source == target and workload.requantize is None and workload.activation is None:
             return value
-        if source == "float32":
-            value = apply_activation(workload.activation, value)
-        if source == target == "float32":
-            return value
-        if source != "float32":
+        if source in FLOATS:
+            value = apply_activation(workload.activation, to_float(value))
+            if target in FLOATS:
+                return value
+        else:
             value = to_float(T.cast(value, "int32") - int32(workload.x_zero_point))
         scaled = multiply_float(value, float32(workload.scale))
         if workload.requantize is None:

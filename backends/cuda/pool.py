@@ -12,7 +12,7 @@ from graphopt.backends.cpu.emit import Buffer, Expr, bind, select
 from graphopt.backends.cpu.stream import Argument, kernel_name
 from graphopt.backends.cpu.workload import Pool2d
 from graphopt.backends.cuda.device import multiply_float
-from graphopt.backends.cuda.epilogue import int32, round_and_clamp, to_float
+from graphopt.backends.cuda.epilogue import FLOATS, int32, round_and_clamp, to_float
 from graphopt.backends.cuda.memory import View, activation, build
 from graphopt.backends.cuda.stream import (
     Place,
@@ -23,13 +23,16 @@ from graphopt.backends.cuda.stream import (
     store_group,
 )
 
-_LOWEST = {"uint8": 0, "float32": float("-inf")}
+_LOWEST = {"uint8": 0, **dict.fromkeys(FLOATS, float("-inf"))}
 
 
 def pool(workload: Pool2d) -> PrimFunc:
-    """The kernel ``(x, y)``, or ``(x, multipliers, y)`` of an integer average; see ``cpu.pool.pack_pool2d``."""
+    """The kernel ``(x, y)``, or ``(x, multipliers, y)`` of an integer average; see ``cpu.pool.pack_pool2d``.
+
+    Floats of either type are added in float32.
+    """
     x, y = workload.x, workload.y
-    table = workload.kind == "average" and x.dtype != "float32"
+    table = workload.kind == "average" and x.dtype not in FLOATS
     arguments = [activation("x", x), activation("y", y)]
     if table:
         taps = workload.kernel[0] * workload.kernel[1]
@@ -59,8 +62,7 @@ class _Window:
         w, x = self.workload, self.x.layout
         top = bind(at.row * w.stride[0] - w.padding[0])
         left = bind(at.column * w.stride[1] - w.padding[1])
-        floats = x.dtype == "float32"
-        dtype = "float32" if floats else "int32"
+        dtype = "float32" if x.dtype in FLOATS else "int32"
         initial = _LOWEST[x.dtype] if w.kind == "max" else 0
         totals = accumulators(self.group, dtype, initial)
         with T.serial(0, w.kernel[0]) as i, T.serial(0, w.kernel[1]) as j:
@@ -70,15 +72,14 @@ class _Window:
                 pixel = bind((at.image * x.height + row) * x.width + column)
                 values = load_group(self.x, pixel, at.channel, self.group)
                 for k, value in enumerate(values):
-                    value = value if floats else T.cast(value, "int32")
-                    T.buffer_store(totals, self._combine(totals[k], value), [k])
+                    T.buffer_store(totals, self._combine(totals[k], T.cast(value, dtype)), [k])
         sums = [totals[k] for k in range(self.group)]
         return sums if w.kind == "max" else self._average(sums, top, left)
 
     def _combine(self, total: Expr, value: Expr) -> Expr:
         if self.workload.kind == "average":
             return total + value
-        if self.x.layout.dtype != "float32":
+        if self.x.layout.dtype not in FLOATS:
             return tirx.max(total, value)
         # torch's maximum of a window with a NaN is NaN, and a comparison with one is false
         larger = tirx.any(value > total, value != value)

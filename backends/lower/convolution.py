@@ -36,6 +36,7 @@ from graphopt.backends.lower.step import (
     Margins,
     Step,
     is_integer_op,
+    is_parameter,
     pair,
     rank,
     value_of,
@@ -225,9 +226,7 @@ class BatchNormStep(ConvolutionStep):
 
 
 def _is_constant(*nodes: Any) -> bool:
-    return all(
-        node is None or (isinstance(node, fx.Node) and node.op == "get_attr") for node in nodes
-    )
+    return all(node is None or (isinstance(node, fx.Node) and is_parameter(node)) for node in nodes)
 
 
 def select_float(node: fx.Node) -> Step | None:
@@ -250,14 +249,14 @@ def _float_convolution(node: fx.Node) -> Step | None:
     kernel = pair([int(size) for size in value_of(a["weight"]).shape[2:]])
     dilation = pair(a["dilation"])
     padding = _padding(a["padding"], kernel, dilation)
-    x, (top, left) = _unpadded(a["input"])
+    x, (top, left) = unpadded(a["input"])
     padding = padding[0] + top, padding[1] + left
     window = Window(kernel, pair(a["stride"]), padding, dilation, int(a["groups"]))
     constants = Constants(a["weight"], a["bias"])
     return _with_float_epilogue(node, x, constants, window)
 
 
-def _unpadded(x: fx.Node) -> tuple[fx.Node, tuple[int, int]]:
+def unpadded(x: fx.Node) -> tuple[fx.Node, tuple[int, int]]:
     """What a zero padding reads and its (top, left): the margins of a layout take its place."""
     if not ops.is_op(x, "pad") or rank(x) != 4:
         return x, (0, 0)

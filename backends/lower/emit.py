@@ -349,14 +349,14 @@ class _Emitter:
         layer = ", ".join(_origins(nodes))
         if kernel.tunable is not None:
             self.lowered.tunable.append((kernel.tunable, layer))
-        integer = dtype != "float32" or any(c.dtype == np.int8 for c in kernel.constants)
+        element = _multiplied(dtype, kernel)
         forms = self.orders.forms.get(nodes[-1])
         self.lowered.calls.append(
             KernelRow(
                 name=kernel.name,
                 layer=layer,
                 operator=str(nodes[0].target).removesuffix(".default"),
-                dtype="int8" if integer else "float32",
+                dtype=element,
                 macs=kernel.macs or None,
                 form=kernel.form,
                 density=forms.density if forms is not None and kernel.form else None,
@@ -374,6 +374,14 @@ class _Emitter:
         self.lowered.functions.setdefault(made.name, made.function)
         result = TensorSpec(parameter, made.dtype, (made.size,))
         self.lowered.transforms.append(WeightTransform(parameter, made.name, result))
+
+
+def _multiplied(dtype: str, kernel: Kernel) -> str:
+    """The element type that a benchmark compares a kernel with: of its weights where they are integers, else its result's."""
+    if dtype not in ("float32", "float16") or any(c.dtype == np.int8 for c in kernel.constants):
+        return "int8"
+    weight = str(kernel.constants[0].dtype) if kernel.constants else dtype
+    return "float16" if "float16" in (dtype, weight) else "float32"
 
 
 def _origins(nodes: list[fx.Node]) -> list[str]:

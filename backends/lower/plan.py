@@ -22,9 +22,10 @@ from graphopt.backends.lower.step import (
     DTYPES,
     Margins,
     Step,
-    dtype_of,
+    is_integer_op,
     physical_layout,
     rank,
+    value_of,
 )
 from graphopt.program import Program
 
@@ -84,6 +85,7 @@ def make_plan(
             _settle(plan, step, node in wanted)
         elif _renames(plan, node):
             plan.same[node] = node.all_input_nodes[0]
+    _find_live(plan, settled=True)
     _assign_layouts(plan, margins)
     parts = {
         node: [plan.root(value) for value in plan.steps[node].inputs]
@@ -104,14 +106,14 @@ def _select(plan: Plan, node: fx.Node, selectors: Sequence[Selector]) -> None:
             return
 
 
-def _find_live(plan: Plan) -> None:
-    """A padding that became margins, say, is read by nobody."""
-    plan.live.add(plan.program.output)
+def _find_live(plan: Plan, settled: bool = False) -> None:
+    """A padding that became margins, say, is read by nobody. Once ``settled``, no step can be left to Relax any more."""
+    plan.live = {plan.program.output}
     for node in reversed(plan.program.graph.nodes):
         if node not in plan.live:
             continue
         step = plan.steps.get(node)
-        if step is None or _is_flexible(step):
+        if step is None or (_is_flexible(step) and not settled):
             plan.live.update(node.all_input_nodes)
         if step is not None:
             plan.live.update(step.inputs)
@@ -123,7 +125,7 @@ def _is_flexible(step: Step) -> bool:
     """True for steps that can also be left to Relax, or run on plain values."""
     if isinstance(step, ConvertStep):
         return True
-    return isinstance(step, AddStep | MulStep) and dtype_of(step.output) == "float32"
+    return isinstance(step, AddStep | MulStep) and value_of(step.output).is_floating_point()
 
 
 def _wanted(plan: Plan) -> set[fx.Node]:
@@ -161,6 +163,8 @@ def _settle(plan: Plan, step: Step, wanted: bool) -> None:
         step.plain_output = not wanted
         if step.plain_output and "activation" in step.parameters:
             _leave_activation(plan, step)
+        elif step.is_rows and not step.parameters:  # a cast
+            _leave_to_relax(plan, step)
     elif not wanted and not any(physical):
         _leave_to_relax(plan, step)
 
@@ -168,7 +172,7 @@ def _settle(plan: Plan, step: Step, wanted: bool) -> None:
 def _leave_activation(plan: Plan, step: ConvertStep) -> None:
     """An activation whose result is plain is Relax's; what the step computes before it stays."""
     _leave_to_relax(plan, step)
-    if len(step.nodes) == 1:
+    if not is_integer_op(step.nodes[0]):
         return
     step.nodes.pop()
     step.output = step.nodes[-1]

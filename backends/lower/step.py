@@ -19,7 +19,12 @@ from graphopt.backends.cpu.workload import Conv2d, Convert, Layout
 from graphopt.errors import CompileError
 from graphopt.program import Program
 
-DTYPES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
+DTYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+}
 BYTES_PER_DOT = 4  # bytes of input channels that one integer dot product takes
 
 
@@ -47,8 +52,13 @@ class KernelSource(ABC):
     program: Program
 
     def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
-        """The parameter that a ``get_attr`` node reads, as NumPy."""
-        return self.program.tensor(node).detach().contiguous().numpy()
+        """The parameter that a ``get_attr`` node reads, or a cast of one makes, as NumPy."""
+        return self._constant(node).contiguous().numpy()
+
+    def _constant(self, node: fx.Node) -> torch.Tensor:
+        if node.op == "get_attr":
+            return self.program.tensor(node).detach()
+        return self._constant(node.all_input_nodes[0]).to(value_of(node).dtype)
 
     @abstractmethod
     def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
@@ -148,6 +158,13 @@ def value_of(node: fx.Node) -> torch.Tensor:
 
 def dtype_of(node: fx.Node) -> str:
     return DTYPES[value_of(node).dtype]
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True where a ``get_attr`` node reads the value, or a cast makes it of one that does."""
+    while node.op == "call_function" and node.target is torch.ops.aten.to.dtype:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
 
 
 def is_integer_op(node: fx.Node) -> bool:

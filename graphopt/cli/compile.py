@@ -19,6 +19,7 @@ def command(
     ],
     target: options.TargetName = "native",
     threads: options.Threads = None,
+    precision: options.Precision = "float32",
     tune: Annotated[
         str | None,
         typer.Option(
@@ -55,16 +56,19 @@ def command(
     graphopt compile tiny.pt2 --trust -o tiny.gopt
     graphopt compile nets:tiny --input-shape 1x3x32x32 --target avx2 --threads 2 -o tiny.gopt
     graphopt compile tiny.pt2 --trust --tune 30s -o tiny.gopt
+    graphopt compile tiny.pt2 --trust --target a100 --precision float16 -o tiny.gopt
     graphopt compile nets:tiny --input-shape 1x3x32x32 --pass quantize --calibration data.npz -o q.gopt
     """
     if output.suffix != ".gopt":
         fail(f"--output {output} must end in .gopt", code=2)
     from graphopt.artifact import check_writable
     from graphopt.backends.targets import resolve
+    from graphopt.precision import check_precision
     from graphopt.tuning.options import Tuning, parse_budget
 
     check_writable(output)
     row = resolve(target)
+    check_precision(precision, row)
     settings = Tuning(tuning, rpc, key)
     if tune is not None:
         parse_budget(tune)
@@ -87,7 +91,12 @@ def command(
 
     with step(f"compiling for {row.name}"):
         artifact: Any = go.compile(
-            program, target, tune=tune, threads=threads, tuning=settings if asked else None
+            program,
+            target,
+            tune=tune,
+            threads=threads,
+            tuning=settings if asked else None,
+            precision=precision,
         )
     artifact.save(output)
     manifest = artifact.manifest
@@ -96,6 +105,7 @@ def command(
         "bytes": output.stat().st_size,
         "target": manifest.target,
         "threads": manifest.threads,
+        "precision": artifact.report.precision,
         "kernels": len(manifest.kernels),
         "report": dict(manifest.report),
     }
@@ -104,7 +114,7 @@ def command(
         return
     print(
         f"{output}: {size(summary['bytes'])}, target {manifest.target}, "
-        f"{len(manifest.kernels)} kernels, {manifest.threads} thread(s)"
+        f"{len(manifest.kernels)} kernels, {manifest.threads} thread(s), floats in {artifact.report.precision}"
     )
     print(f"images: {artifact.report.images}")
     for node, reason in artifact.report.float_layers:

@@ -39,6 +39,8 @@ def command(
             print(f"{key}: {_line(key, report[key])}")
     if "images" in report.get("report", {}):
         print(f"images: {report['report']['images']}")
+    if "precision" in report.get("report", {}):
+        print(f"floats: {report['report']['precision']}")
     print_table("inputs and outputs", ("name", "type"), _ports(report))
     print_table("history", *_history(report["history"]))
     changed = layer_rows(report["history"])[:most]

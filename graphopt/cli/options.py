@@ -120,6 +120,14 @@ DeviceKey = Annotated[
     str | None,
     typer.Option("--key", help="The device, by the key that its `rpc_server` registered."),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="float32|tf32|float16",
+        help="What a GPU multiplies floats in; inputs and outputs stay float32.",
+    ),
+]
 TargetName = Annotated[
     str, typer.Option("--target", help="A name from `graphopt targets`, or native.")
 ]

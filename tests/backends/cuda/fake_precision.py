@@ -1,0 +1,93 @@
+"""Networks in float16 and tf32 on the fake driver, each against the program that was compiled; see ``fake_gpu``.
+
+Run as a program of its own. Prints a line of JSON a network: how far the outputs are from the program's, the forms of its kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+import graphopt as go
+from tests.backends.cuda.fake_gpu import Driver, check_faults
+
+
+class Residual(nn.Module):
+    """Strided, residual, depthwise, grouped layers, a concatenation, both pools, linear; odd channels on the way."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(channels, 10, 3, 2, 1, bias=False), nn.BatchNorm2d(10)
+        self.depthwise, self.point = nn.Conv2d(10, 10, 3, 1, 1, groups=10), nn.Conv2d(10, 10, 1)
+        self.grouped = nn.Conv2d(10, 12, 3, 1, 1, groups=2)
+        self.left, self.right = nn.Conv2d(12, 7, 1), nn.Conv2d(12, 8, 3, 1, 1)
+        self.scale = nn.Conv2d(15, 15, 1)
+        self.head = nn.Linear(15, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (x + self.point(nn.functional.relu6(self.depthwise(x)))).relu()
+        x = nn.functional.max_pool2d(x, 3, 1, 1)
+        x = nn.functional.silu(self.grouped(x))
+        x = torch.cat([self.left(x), self.right(x).sigmoid()], 1)
+        x = x * self.scale(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
+
+
+class Dense(nn.Module):
+    """Batch norms that nothing folds, a padding, an average, a sum of two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.norm, self.second = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm.running_mean.uniform_(-1, 1)  # type: ignore[operator, union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(nn.functional.pad(x, (1, 1, 2, 0)))
+        y = self.second(self.norm(x).relu())
+        y = nn.functional.avg_pool2d(torch.cat([x, y], 1), 2)
+        return (y[:, :8] + y[:, 8:]).flatten(1)
+
+
+def _networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]]:
+    return {
+        "three channels": lambda: (Residual(3), (torch.randn(3, 3, 7, 7),)),
+        "one channel": lambda: (Residual(1), (torch.randn(1, 1, 9, 6),)),
+        "dense": lambda: (Dense(), (torch.randn(2, 3, 7, 5),)),
+    }
+
+
+def _run(name: str, precision: str, dynamic: bool = False) -> None:
+    torch.manual_seed(7)
+    model, inputs = _networks()[name]()
+    batches = (1, 4) if dynamic else None
+    program = go.capture(model.eval(), inputs, dynamic_batch=batches)
+    artifact = go.compile(program, "sm_80", precision=precision)
+    given = artifact.session()(*(x.numpy() for x in inputs))
+    check_faults()
+    with torch.no_grad():
+        want = artifact.program(*inputs).numpy()
+        exact = program(*inputs).numpy()
+    distance = float(np.abs(given - want).max() / np.abs(want).max())
+    error = float(np.abs(given - exact).max() / np.abs(exact).max())
+    forms = sorted({kernel.form for kernel in artifact.manifest.kernels if kernel.form})
+    found = {"network": name, "distance": distance, "error": error, "forms": forms}
+    print(json.dumps(found), flush=True)
+
+
+def main(names: list[str]) -> None:
+    """Every ``precision:network``, with ``:dynamic`` for a range of batches."""
+    Driver()
+    for name in names:
+        precision, network, *rest = name.split(":")
+        _run(network, precision, bool(rest))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
