@@ -101,15 +101,16 @@ class _Strip:
     def _load(self, line: Expr, inside: Expr, column: Expr) -> list[Expr]:
         """Four channels of a pixel, the zero point outside the map."""
         w = self.workload
-        values = T.alloc_buffer((GROUP,), "uint8", scope="local")
+        dtype = w.x.dtype
+        values = T.alloc_buffer((GROUP,), dtype, scope="local")
         there = tirx.all(inside, column >= 0, column < w.x.width)
         with T.If(there):
             with T.Then():
                 place = self.x.at(line * w.x.width + column, self.channel)
-                T.add_to_parent(values.vstore(0, self.x.flat.vload(place, vector("uint8", GROUP))))
+                T.add_to_parent(values.vstore(0, self.x.flat.vload(place, vector(dtype, GROUP))))
             with T.Else():
                 for i in range(GROUP):
-                    T.buffer_store(values, tirx.const(w.x_zero_point, "uint8"), [i])
+                    T.buffer_store(values, tirx.const(w.x_zero_point, dtype), [i])
         return [bind(T.cast(values[i], "int32")) for i in range(GROUP)]
 
     def _store(self, pixel: Expr) -> None:

@@ -110,24 +110,24 @@ class _Block:
                 inside = tirx.all(line >= 0, line < w.x.height, position >= 0, position < w.x.width)
                 values = self._values(inside, place, group * inputs, quad, inputs)
                 weight = self.weight[(group * words + word) * per_group + within]
-                T.buffer_store(total, dot(values, weight, total[0]), [0])
+                T.buffer_store(total, dot(values, weight, total[0], w.x.dtype), [0])
 
     def _values(self, inside: Expr, pixel: Expr, first: Expr, quad: Expr, inputs: int) -> Expr:
         """Four channels of a group as a word; zero points outside the map, anything past the last channel."""
         w = self.workload
-        padding = tirx.const(w.x_zero_point * 0x01010101, "uint32")
+        outside = w.x_zero_point & 0xFF
+        padding = tirx.const(outside * 0x01010101, "uint32")
         channel = bind(first + quad * GROUP)
         if inputs % GROUP == 0 or w.groups == 1:
-            word = T.reinterpret("uint32", self.x.flat.vload(self.x.at(pixel, channel), "uint8x4"))
+            word = T.reinterpret("uint32", self.x.flat.vload(self.x.at(pixel, channel), f"{w.x.dtype}x4"))
             return bind(tirx.if_then_else(inside, word, padding))
         value = tirx.const(0, "uint32")
         for i in range(GROUP):
             exists = tirx.all(inside, quad * GROUP + i < inputs)
-            byte = T.cast(self.x.flat[self.x.at(pixel, channel + i)], "uint32")
-            outside = tirx.const(w.x_zero_point, "uint32")
-            value = value | (
-                tirx.if_then_else(exists, byte, outside) << tirx.const(8 * i, "uint32")
-            )
+            element = self.x.flat[self.x.at(pixel, channel + i)]
+            byte = T.cast(element, "uint32") & tirx.const(0xFF, "uint32")
+            byte = tirx.if_then_else(exists, byte, tirx.const(outside, "uint32"))
+            value = value | (byte << tirx.const(8 * i, "uint32"))
         return bind(value)
 
     def _add_slices(self, total: Buffer, lane: Expr, slice_: Expr, exists: Expr) -> Expr:

@@ -39,7 +39,9 @@ def _kernels(arch: Arch) -> dict[str, Any]:
     """One kernel of each kind by its name; convolutions of the largest tile with a residual, and of the smallest."""
     large = conv_workload((64, 128), size=(14, 14), batch=None, residual=True)
     small = conv_workload((3, 8), floats=True)
-    grouped = conv_workload((12, 12), groups=4, size=(9, 9))
+    grouped, signed = (
+        conv_workload((12, 12), groups=4, size=(9, 9), dtype=dtype) for dtype in ("uint8", "int8")
+    )
     few = conv_workload((64, 10), batch=1, size=(1, 1), kernel=(1, 1), padding=(0, 0))
     x, y = image(2, (8, 8), 12), image(2, (4, 4), 12)
     rounding = Requantize(3, 0, 255)
@@ -48,6 +50,7 @@ def _kernels(arch: Arch) -> dict[str, Any]:
         conv(plan_conv(large, arch, TILES[0]), arch),
         conv(plan_conv(small, arch, TILES[-1]), arch),
         dot_conv(grouped),
+        dot_conv(signed),
         dot_conv(few),
         depthwise(conv_workload((12, 12), groups=12)),
         float_conv(Conv2d(floats, replace(floats, channels=8, channel_stride=8), (1, 1))),
@@ -101,6 +104,7 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     assert re.search(rf"IMMA\.{shape}\.U8\.S8", text)
     assert bool(re.search(r"IMMA\.SP\.16864\.S8\.U8", text)) == ARCHS[name].sparse
     assert re.search(r"IDP\.4A\.U8\.S8", text)
+    assert re.search(r"IDP\.4A\.S8\.S8", text)
     assert re.search(r"LDSM", text)
     assert bool(re.search(r"LDGSTS", text)) == ARCHS[name].async_copy
     assert not re.search(r"\b(STL|LDL)\b", text)  # nothing spills to local memory
@@ -126,6 +130,7 @@ def test_ptx(name: str, product: str, copies: bool) -> None:
     ptx = compile_source(_source(name), name, "ptx").decode()
     assert product in ptx
     assert "dp4a.u32.s32" in ptx
+    assert "dp4a.s32.s32" in ptx
     sparse = "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.u8.s32"
     assert (sparse in ptx) == ARCHS[name].sparse
     assert ("cp.async.cg.shared.global" in ptx) == copies
