@@ -18,7 +18,7 @@ from graphopt.backends.cuda.epilogue import int32
 HALVES = 2  # of the registers of fragments
 
 
-class _Ring:
+class Ring:
     """The number of a stage, in a register: a remainder of the step would take a multiplication."""
 
     def __init__(self, first: int, stages: int) -> None:
@@ -57,7 +57,7 @@ def pipeline(
         device.commit()
     device.wait(stages - 2)
     synchronize()
-    reading, writing = _Ring(0, stages), _Ring(stages - 1, stages)
+    reading, writing = Ring(0, stages), Ring(stages - 1, stages)
     load(reading.stage, 0, 0)
     if steps > 1:
         with T.serial(0, steps - 1) as step:

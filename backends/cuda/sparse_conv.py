@@ -20,7 +20,9 @@ from graphopt.backends.cuda.conv_plan import STEP, ConvPlan
 from graphopt.backends.cuda.conv_store import ConvStore, Result
 from graphopt.backends.cuda.conv_windows import BlockPlace, Windows
 from graphopt.backends.cuda.device import synchronize
+from graphopt.backends.cuda.epilogue import int32
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
+from graphopt.backends.cuda.pipeline import Ring
 from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile
 from graphopt.backends.cuda.sparse_fragments import (
     PIXELS,
@@ -96,30 +98,32 @@ class _Block:
         pixels = Pixels(device, self.x_tile, lane, warp_row, tile.warp_rows)
         for stage in range(stages - 1):
             if stage < steps:
-                self._copy(windows, stage, stage)
+                self._copy(windows, int32(stage), int32(stage), True)
             device.commit()
+        reading, writing = Ring(0, stages), Ring(stages - 1, stages)
         with T.serial(0, steps) as step:
             device.wait(stages - 2)
             synchronize()
+            # no fragments of a second step fit beside 128 sums: those of other warps hide that these are waited for
+            weights.load(self.w_tile.stage(reading.stage))
+            pixels.load(self.x_tile.stage(reading.stage))
             later = bind(step + (stages - 1))
-            with T.If(later < steps), T.Then():
-                self._copy(windows, later, tirx.floormod(later, stages))
+            self._copy(windows, later, writing.stage, later < steps)
             device.commit()
-            stage = bind(tirx.floormod(step, stages))
-            weights.load(self.w_tile.stage(stage))
-            pixels.load(self.x_tile.stage(stage))
+            reading.advance()
+            writing.advance()
             multiply(device, self.plan.product, sums, weights, pixels)
         device.wait(0)
         synchronize()
         return sums
 
-    def _copy(self, windows: Windows, step: Expr, stage: Expr) -> None:
-        """Ask for step ``step`` of both tiles."""
-        windows.copy(step, stage)
+    def _copy(self, windows: Windows, step: Expr, stage: Expr, wanted: Expr) -> None:
+        """Ask for step ``step`` of both tiles, where ``wanted``."""
+        windows.copy(step, stage, wanted)
         size = self.w_tile.rows * CHUNK
         source = bind((self.column_tile * self.plan.steps + step) * size)
         thread, threads = self.place.thread, self.tile.threads
-        self.w_tile.copy_whole(self.device, self.flats[1], source, stage, thread, threads)
+        self.w_tile.copy_whole(self.device, self.flats[1], source, stage, thread, threads, wanted)
 
     def _warp(self) -> tuple[Expr, Expr]:
         """First row and column of the warp within the tile."""
