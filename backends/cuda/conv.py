@@ -1,7 +1,7 @@
 """Convolution and linear as an implicit matrix product on tensor cores: bytes to int32, exact; float16 and tf32 to float32.
 
 A block makes ``rows x columns`` outputs (``conv_plan``). Tiles of x (``conv_windows``) and of the weight go to shared memory in
-``STAGES`` stages, ``STEP`` bytes of k each; warps multiply them (``fragments``) and the sums go out through ``conv_store``.
+stages, ``STEP`` bytes of k each; warps multiply them (``fragments``) and the sums go out through ``conv_store``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.stream import Argument, kernel_name
 from graphopt.backends.cuda.arch import Arch
-from graphopt.backends.cuda.conv_plan import STAGES, STEP, ConvPlan
+from graphopt.backends.cuda.conv_plan import STEP, ConvPlan
 from graphopt.backends.cuda.conv_store import ConvStore, Result
 from graphopt.backends.cuda.conv_windows import BlockPlace, Windows
 from graphopt.backends.cuda.device import Device
@@ -24,7 +24,7 @@ from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS, Operand, sum
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
 from graphopt.backends.cuda.pipeline import pipeline
 from graphopt.backends.cuda.products import FRAGMENT_BYTES
-from graphopt.backends.cuda.shared_tile import SharedTile
+from graphopt.backends.cuda.shared_tile import SharedTile, block_memory
 from graphopt.backends.cuda.stream import accumulators
 
 
@@ -53,7 +53,7 @@ def conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
 
 
 class _Block:
-    """One thread block; shared memory holds STAGES tiles of x, then STAGES of the weight."""
+    """One thread block; shared memory holds the stages of x, then those of the weight."""
 
     def __init__(self, plan: ConvPlan, arch: Arch, batch: Expr, flats: Sequence[Buffer]) -> None:
         self.plan, self.tile, self.flats = plan, plan.tile, flats
@@ -73,9 +73,9 @@ class _Block:
             first_output = bind(tirx.floordiv(block, plan.column_tiles) * tile.rows)
             first_channel = bind(self.column_tile * tile.columns)
             self.place = BlockPlace(thread, first_output, first_channel, self.outputs)
-            shared = T.alloc_buffer((tile.shared_bytes,), "uint8", scope="shared")
-            self.x_tile = SharedTile(shared, 0, tile.rows, STEP, STAGES)
-            self.w_tile = SharedTile(shared, self.x_tile.end, tile.columns, STEP, STAGES)
+            shared = block_memory(plan.shared_bytes)
+            self.x_tile = SharedTile(shared, 0, tile.rows, STEP, tile.stages)
+            self.w_tile = SharedTile(shared, self.x_tile.end, tile.columns, STEP, tile.stages)
             sums = self._main_loop()
             ConvStore(plan, self.place, self.flats, shared).emit(self._results(sums))
 
@@ -110,7 +110,7 @@ class _Block:
                     device.multiply(product, c, a.fragment(i, half), b.fragment(j, half))
 
         parts = STEP // FRAGMENT_BYTES
-        pipeline(device, self.plan.steps, STAGES, parts, copy, load, multiply)
+        pipeline(device, self.plan.steps, tile.stages, parts, copy, load, multiply)
         return sums
 
     def _warp(self) -> tuple[Expr, Expr]:

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.memory import WIDEST
-from graphopt.backends.cuda.products import Product, product_of
+from graphopt.backends.cuda.products import Product, item_bytes, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
-STAGES = 3  # tiles in shared memory: one is read, two are on their way
+_STAGES = (
+    3,
+    4,
+)  # tiles in shared memory: one is read, the others on their way; the fourth where it costs no launch option
+_STATIC_BYTES = 48 * 1024
+STAGING_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 GROUP = 4  # bytes
 
 
@@ -40,15 +45,35 @@ class Tile:
         return self.columns // self.warps[1]
 
     @property
+    def step_bytes(self) -> int:
+        """Shared memory of one step."""
+        return (self.rows + self.columns) * STEP
+
+    @property
+    def stages(self) -> int:
+        fewest, most = _STAGES
+        return max(fewest, min(most, _STATIC_BYTES // self.step_bytes))
+
+    @property
     def shared_bytes(self) -> int:
-        return STAGES * (self.rows + self.columns) * STEP
+        return self.stages * self.step_bytes
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, about: sums, two parts' fragments, addresses."""
+        sums = self.warp_rows * self.warp_columns // 32
+        return sums + (self.warp_rows + self.warp_columns) // 2 + 56
 
 
-# Largest first: a product of r x c reads 1/r + 1/c bytes a multiply, so that a larger tile waits less for memory.
+# Largest first. Warps of 64 x 64 outputs read 8 KB of shared memory for 64 products, of 64 x 32 6 KB for 32.
 TILES = (
+    Tile(256, 128, (4, 2)),
+    Tile(128, 256, (2, 4)),
+    Tile(128, 128, (2, 2)),
     Tile(128, 128, (2, 4)),
-    Tile(128, 64, (4, 2)),
-    Tile(64, 128, (2, 4)),
+    Tile(256, 64, (4, 1)),
+    Tile(128, 64, (2, 2)),
+    Tile(64, 128, (1, 4)),
     Tile(64, 64, (2, 2)),
     Tile(128, 32, (4, 1)),
     Tile(32, 64, (1, 4)),
@@ -56,6 +81,15 @@ TILES = (
     Tile(32, 32, (2, 2)),
 )
 _ASSUMED_BATCH = 8  # of a dynamic one
+_TURING_OUTPUTS = 64 * 32  # of a warp
+_MOST_WINDOWS = 8  # of a thread, three registers each
+
+_SHARED_RATE = 128  # bytes a cycle of a multiprocessor: 32 banks of four
+_LOAD_RATE = 32  # bytes a cycle from the L2 cache, a sector: about what every multiprocessor gets when all of them load
+_LATENCY = 700  # cycles of a load from memory
+_REGISTERS = 65536  # of a multiprocessor
+_RESERVED = 1024  # bytes of shared memory that a block takes beside its own
+_OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
 
 
 @dataclass(frozen=True)
@@ -92,6 +126,13 @@ class ConvPlan:
         return math.ceil(self.depth / self.step_elements)
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the stages, in whose place the outputs are staged, all but those of float32."""
+        item = item_bytes(self.workload.y.dtype)
+        staged = self.tile.rows * (self.tile.columns * item + STAGING_PAD) if item < 4 else 0
+        return max(self.tile.shared_bytes, staged)
+
+    @property
     def column_tiles(self) -> int:
         return math.ceil(self.workload.y.channels / self.tile.columns)
 
@@ -125,18 +166,49 @@ def fits(workload: Conv2d, product: Product | None = None) -> bool:
     return product.is_integer or residual is None or residual.dtype == workload.y.dtype
 
 
-def _cost(workload: Conv2d, tile: Tile, arch: Arch) -> float:
-    """Time in arbitrary units: waves of blocks, each as long as its tile's copies and products."""
-    m = (workload.y.batch or _ASSUMED_BATCH) * workload.y.height * workload.y.width
-    blocks = math.ceil(m / tile.rows) * math.ceil(workload.y.channels / tile.columns)
-    resident = max(1, min(arch.shared_bytes * 2 // tile.shared_bytes, 1024 // tile.threads))
-    products = tile.rows * tile.columns
-    copies = 24 * (
-        tile.rows + tile.columns
-    )  # per byte of k; a multiprocessor's products a byte it loads
-    waves = math.ceil(blocks / arch.multiprocessors)
-    # blocks of one multiprocessor share its tensor cores and hide each other's latency
-    return waves * (products + copies) + 4096 * math.ceil(waves / resident)
+def possible(tile: Tile, arch: Arch, vector: int) -> bool:
+    """True for a tile that the chip holds, and whose windows fit a thread's registers beside its sums."""
+    windows = tile.rows * STEP // vector // tile.threads
+    # Turing's copies pass through registers, which the sums of a large warp leave none of
+    large = tile.warp_rows * tile.warp_columns > _TURING_OUTPUTS
+    fits_chip = tile.shared_bytes <= arch.dynamic_bytes and (arch.async_copy or not large)
+    return fits_chip and windows <= _MOST_WINDOWS
+
+
+def bounds(tile: Tile, arch: Arch) -> dict[str, float]:
+    """Cycles of one step of a block, if nothing but this took time: products, shared memory, loads from the L2 cache.
+
+    A warp reads its rows and columns of the tile, and every byte of the tile is written once.
+    """
+    fragments = tile.threads // 32 * (tile.warp_rows + tile.warp_columns) * STEP
+    return {
+        "tensor": tile.rows * tile.columns * STEP / arch.rate,
+        "shared": (fragments + tile.step_bytes) / _SHARED_RATE,
+        "loads": tile.step_bytes / _LOAD_RATE,
+    }
+
+
+def _cycles(plan: ConvPlan, arch: Arch) -> float:
+    """Estimated time of the products and outputs of the multiprocessor that has most of them.
+
+    Blocks that it holds together share its units and hide each other's beginning; a step of few of them takes as long as a
+    copy's way from memory. Main memory moves the same bytes for every tile.
+    """
+    tile, workload = plan.tile, plan.workload
+    outputs = (workload.y.batch or _ASSUMED_BATCH) * plan.pixels
+    blocks = math.ceil(outputs / tile.rows) * plan.column_tiles
+    held_by_registers = _REGISTERS // (tile.threads * tile.registers)
+    held_by_memory = (arch.dynamic_bytes + _RESERVED) // (tile.shared_bytes + _RESERVED)
+    held = max(1, min(held_by_registers, held_by_memory))
+    work = max(bounds(tile, arch).values())
+    rounding = tile.rows * tile.columns * _OUTPUT_CYCLES
+
+    def together(count: int) -> float:
+        step = max(count * work, _LATENCY / (tile.stages - 1))
+        return _LATENCY / held + plan.steps * step + count * rounding if count else 0
+
+    rounds, rest = divmod(math.ceil(blocks / arch.multiprocessors), held)
+    return rounds * together(held) + together(rest)
 
 
 def plan_conv(
@@ -145,5 +217,8 @@ def plan_conv(
     """The tile of least estimated time, or the given one, for a workload that ``fits`` the product (x's by default)."""
     product = product or product_of(workload.x.dtype)
     assert product is not None
-    best = tile or min(TILES, key=lambda candidate: _cost(workload, candidate, arch))
-    return ConvPlan(workload, best, product)
+    if tile is not None:
+        return ConvPlan(workload, tile, product)
+    plans = [ConvPlan(workload, candidate, product) for candidate in TILES]
+    found = [plan for plan in plans if possible(plan.tile, arch, plan.vector)]
+    return min(found, key=lambda plan: _cycles(plan, arch))

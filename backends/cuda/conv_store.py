@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
-from graphopt.backends.cuda.conv_plan import ConvPlan
+from graphopt.backends.cuda.conv_plan import STAGING_PAD, ConvPlan
 from graphopt.backends.cuda.conv_windows import BlockPlace
 from graphopt.backends.cuda.device import synchronize
 from graphopt.backends.cuda.epilogue import (
@@ -27,8 +27,6 @@ from graphopt.backends.cuda.epilogue import (
 from graphopt.backends.cuda.memory import View, access, split
 from graphopt.backends.cuda.products import item_bytes
 from graphopt.backends.cuda.stream import vector
-
-_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class ConvStore:
         self.y = View(workload.y, flats[-1])
         self.residual = None if workload.residual is None else View(workload.residual, flats[-2])
         self.shared = shared
-        self.pitch = plan.tile.columns + _PAD // item_bytes(workload.y.dtype)
+        self.pitch = plan.tile.columns + STAGING_PAD // item_bytes(workload.y.dtype)
         self._channel: tuple[Expr, tuple[Expr, ...]] | None = None
 
     def emit(self, results: Sequence[Result]) -> None:

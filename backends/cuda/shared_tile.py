@@ -17,6 +17,12 @@ from graphopt.backends.cuda.products import item_bytes
 
 CHUNK = 16  # bytes that ldmatrix takes of a row
 _LINE = 128  # bytes of all banks
+_STATIC = 48 * 1024  # bytes that a kernel may declare
+
+
+def block_memory(size: int) -> Buffer:
+    """A block's bytes of shared memory; TVM's runtime raises the kernel's limit for what is asked for at the launch."""
+    return T.alloc_buffer((size,), "uint8", scope="shared" if size <= _STATIC else "shared.dyn")
 
 
 @dataclass(frozen=True)
