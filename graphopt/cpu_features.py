@@ -1,8 +1,8 @@
 """The instruction-set features of this machine's CPU, named as the Linux kernel names its CPUID bits.
 
-Linux lists them in ``/proc/cpuinfo`` (``flags`` on x86, ``Features`` on ARM), already without those
-that the operating system has switched off. Elsewhere NumPy's own CPUID probe is translated; it knows
-no AVX-VNNI, so such a machine is only ever under-estimated.
+An ARM system is asked itself (``arm_features``). Linux lists them in ``/proc/cpuinfo`` (``flags`` on x86,
+``Features`` on ARM), already without those that the operating system has switched off. Elsewhere NumPy's own
+CPUID probe is translated; it knows no AVX-VNNI, so such a machine is only ever under-estimated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import importlib
 import platform
 from pathlib import Path
+
+from graphopt.arm_features import arm_features
 
 _CPUINFO = Path("/proc/cpuinfo")
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -68,6 +70,8 @@ def _numpy_features() -> frozenset[str]:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """Return this CPU's features (``avx2``, ``avx512_vnni``, ``asimddp`` ...)."""
+    if architecture() == "aarch64" and (found := arm_features()):
+        return found
     if not _CPUINFO.exists():
         return _numpy_features()
     return parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))

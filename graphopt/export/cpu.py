@@ -1,6 +1,6 @@
 """Features as ``/proc/cpuinfo`` names them, as the test of a C program: CPUID on x86, the auxiliary vector of Linux on ARM.
 
-Bits are those of Intel's manual (volume 2, CPUID), AMD's (0x80000001) and Linux' ``asm/hwcap.h`` for arm64.
+Bits are those of Intel's manual (volume 2, CPUID), AMD's (0x80000001) and of ``arm_features``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+from graphopt.arm_features import HWCAPS
 from graphopt.errors import ExportError
 
 _EAX, _EBX, _ECX, _EDX = range(4)
@@ -43,40 +44,13 @@ _X86 = MappingProxyType(
     }
 )
 _YMM, _ZMM = 0x6, 0xE6  # registers of XCR0
-# feature -> which of AT_HWCAP and AT_HWCAP2, bit
-_ARM = MappingProxyType(
-    {
-        "fp": (0, 0),
-        "asimd": (0, 1),
-        "aes": (0, 3),
-        "pmull": (0, 4),
-        "sha1": (0, 5),
-        "sha2": (0, 6),
-        "crc32": (0, 7),
-        "atomics": (0, 8),
-        "fphp": (0, 9),
-        "asimdhp": (0, 10),
-        "asimdrdm": (0, 12),
-        "jscvt": (0, 13),
-        "fcma": (0, 14),
-        "lrcpc": (0, 15),
-        "dcpop": (0, 16),
-        "asimddp": (0, 20),
-        "sve": (0, 22),
-        "asimdfhm": (0, 23),
-        "svei8mm": (1, 9),
-        "i8mm": (1, 13),
-        "bf16": (1, 14),
-        "sve2": (1, 1),
-    }
-)
 
 
 def cpu_values(architecture: str, features: Collection[str]) -> dict[str, str]:
     """What the template ``cpu_<architecture>.c`` leaves open. Raises ExportError for a feature that no test is known of."""
     if architecture == "aarch64":
         masks = [0, 0]
-        for word, bit in _known(_ARM, features):
+        for word, bit in _known(HWCAPS, features):
             masks[word] |= 1 << bit
         return {"hwcap": hex(masks[0]), "hwcap2": hex(masks[1])}
     rows: dict[tuple[int, int, int], int] = {}

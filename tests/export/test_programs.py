@@ -102,6 +102,8 @@ def test_a_cpu_without_the_instructions_is_refused_and_not_crashed(tmp_path: Pat
     [
         ("raspberry-pi-4", "cortex-a72", None),
         ("raspberry-pi-5", "cortex-a76", "cortex-a72"),
+        ("aarch64-dotprod", "cortex-a76", "cortex-a53"),
+        ("aarch64-i8mm", "max", "neoverse-n1"),
     ],
 )
 def test_arm_gives_the_bytes_of_the_definition(
