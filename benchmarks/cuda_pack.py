@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cuda_suite import images
+from cuda_suite import PRUNED, images
 from torch import fx
 
 import graphopt as go
@@ -33,7 +33,7 @@ from graphopt.bench.networks import NETWORKS
 from graphopt.cuda_runtime import package_libraries
 
 LIMIT = 60_000_000
-CASES = "efficientnet_lite0:1,mobilenet_v2:1,resnet18:1,resnet50:32"
+CASES = "efficientnet_lite0:1,mobilenet_v2:1,resnet18:1,resnet50:32,resnet50-2of4:32"
 DISTINCT = 4  # images of a batch; the others repeat them
 _ROOT = Path(__file__).resolve().parents[1]
 _UNUSED = (
@@ -89,15 +89,17 @@ def peer_source(program: go.Program) -> str:
 
 
 def make_case(name: str, batch: int, arch: str, folder: Path) -> None:
-    """``model.gopt.xz``, ``expected.npz`` and ``peer.py`` of a network."""
-    network = NETWORKS[name]
+    """``model.gopt.xz``, ``expected.npz`` and ``peer.py`` of a network; pruned 2:4 by magnitude where its name says so."""
+    network = NETWORKS[name.removesuffix(PRUNED)]
     (example,) = network.inputs()
     shape = (min(batch, DISTINCT), *example.shape[1:])
     few = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     x = torch.from_numpy(images(few, batch))
     float_program = go.capture(network.model(), (x,))
-    for simplify in (go.passes.RemoveIdentities(), go.passes.FoldBatchNorm()):
-        float_program = simplify(float_program)
+    passes: list[go.Pass] = [go.passes.RemoveIdentities(), go.passes.FoldBatchNorm()]
+    if name.endswith(PRUNED):
+        passes += [go.passes.Prune(granularity=go.passes.NM(2, 4)), go.passes.ApplyMasks()]
+    float_program = go.Pipeline(passes)(float_program)
     artifact = go.compile(go.passes.Quantize(calibration=[(x,)])(float_program), arch)
     with torch.no_grad():
         y = artifact.program(x)
@@ -170,7 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", default="sm_90", help="a GPU of `graphopt targets`")
     parser.add_argument("--output", type=Path, default=Path("cuda-pack"))
-    parser.add_argument("--models", default=CASES, help="name:batch, separated by commas")
+    cases = f"name:batch, separated by commas; name{PRUNED} is pruned 2:4"
+    parser.add_argument("--models", default=CASES, help=cases)
     parser.add_argument("--pythons", default="3.11,3.12,3.13")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")

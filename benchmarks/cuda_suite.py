@@ -26,6 +26,7 @@ import torch
 
 _HERE = Path(__file__).resolve().parent
 _PEAK_SIZE = 8192
+PRUNED = "-2of4"  # behind the name of a case whose weights are pruned 2:4
 _WARM_UP, _BURST = 5, 10
 _SECOND_RUN = 2  # the one that is recorded as a CUDA graph and replayed
 _VERDICTS = ("correct", "graph_correct")
@@ -123,17 +124,21 @@ def kernel_rows(
     return sorted(rows, key=lambda row: -row["us"] * row["calls"])
 
 
-def run_case(folder: Path, peak: float, rounds: int, compile_peer: bool) -> dict[str, Any]:
-    """Correctness, times and kernels of one network."""
+def _session(folder: Path, **options: Any) -> Any:
+    """The model of a case."""
     from graphopt import artifact
 
-    with np.load(folder / "expected.npz") as saved:
-        x, want = images(saved["pixels"], len(saved["y"])), saved["y"]
     with tempfile.TemporaryDirectory(prefix="graphopt-") as place:
         model = Path(place) / "model.gopt"
         model.write_bytes(lzma.decompress((folder / "model.gopt.xz").read_bytes()))
-        launches: Any = artifact.load(model, cuda_graphs=False)
-        graph: Any = artifact.load(model)
+        return artifact.load(model, **options)
+
+
+def run_case(folder: Path, peak: float, rounds: int, compile_peer: bool) -> dict[str, Any]:
+    """Correctness, times and kernels of one network; of a pruned one beside the one that is not."""
+    with np.load(folder / "expected.npz") as saved:
+        x, want = images(saved["pixels"], len(saved["y"])), saved["y"]
+    launches, graph = _session(folder, cuda_graphs=False), _session(folder)
     for _ in range(_SECOND_RUN):
         replayed = graph(x)
     result: dict[str, Any] = {
@@ -147,6 +152,11 @@ def run_case(folder: Path, peak: float, rounds: int, compile_peer: bool) -> dict
         "graphopt int8": lambda: launches.run_on_device(on_device),
         "graphopt int8, CUDA graph": lambda: graph.run_on_device(on_device),
     }
+    whole = folder.with_name(folder.name.removesuffix(PRUNED))
+    if whole != folder and whole.is_dir():
+        dense = _session(whole)
+        if dense.manifest.inputs == graph.manifest.inputs:
+            calls["graphopt int8, not pruned, CUDA graph"] = lambda: dense.run_on_device(on_device)
     network = peer(folder / "peer.py")
     calls["torch float16"] = lambda: network(half)
     if compile_peer:

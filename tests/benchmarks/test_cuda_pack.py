@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,34 @@ def test_the_peer_computes_what_the_program_does(pack: ModuleType) -> None:
         buffer.copy_(program.graph_module.state_dict()[target])
     with torch.no_grad():
         assert torch.equal(network(x)[0], program(x))
+
+
+class _DeepNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 128, 3, 2, 1), nn.Conv2d(128, 128, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.stem(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_pruned_case(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.backends.cuda.build.find_nvcc", lambda: None)
+    network = type(pack.NETWORKS["resnet18"])(
+        "deep", _DeepNet, lambda _: (torch.zeros(1, 3, 9, 9),)
+    )
+    monkeypatch.setattr(pack, "NETWORKS", {"deep": network})
+    forms = {}
+    for name in ("deep", "deep-2of4"):
+        pack.make_case(name, 8, "sm_80", tmp_path / name)
+        file = tmp_path / "model.gopt"
+        file.write_bytes(lzma.decompress((tmp_path / name / "model.gopt.xz").read_bytes()))
+        kernels = go.Artifact.load(file).manifest.kernels
+        forms[name] = [kernel.form for kernel in kernels if kernel.form]
+    assert forms == {"deep": ["mma", "mma"], "deep-2of4": ["mma", "mma.sp"]}
+    # PyTorch's float16 is timed on the same layers, without masks
+    peers = [(tmp_path / name / "peer.py").read_text() for name in forms]
+    assert peers[0] == peers[1]
 
 
 def test_images_repeat(suite: ModuleType) -> None:
