@@ -6,7 +6,7 @@ import pytest
 
 from graphopt.backends.cuda.arch import ARCHS
 from graphopt.backends.cuda.conv_plan import TILES, Tile
-from tests.backends.cuda.harness import AMPERE, ConvCase, conv_workload
+from tests.backends.cuda.harness import ConvCase, conv_workload
 
 SMALL = Tile(32, 32, (2, 2))
 
