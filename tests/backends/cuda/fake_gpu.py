@@ -96,7 +96,7 @@ def _launch(name: bytes, config: Any, parameters: Any, record: int) -> int:
     try:
         function = _DEVICE_FUNCTIONS[name.decode()]
         launch = functools.partial(
-            run_lowered, function, _values(function, parameters), config[0], config[3]
+            run_lowered, function, _values(function, parameters), config[:3], config[3:6]
         )
         if record:
             _RECORDED.append(launch)

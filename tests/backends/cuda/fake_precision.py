@@ -55,10 +55,24 @@ class Dense(nn.Module):
         return (y[:, :8] + y[:, 8:]).flatten(1)
 
 
+class Block(nn.Module):
+    """A transformer block behind an embedding: attention, layer norms, GELU, softmax at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 24)
+        self.block = nn.TransformerEncoderLayer(24, 3, 40, 0.0, "gelu", batch_first=True)
+        self.head = nn.Linear(24, 6)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.words(words))).softmax(-1)  # type: ignore[no-any-return]
+
+
 def _networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]]:
     return {
         "three channels": lambda: (Residual(3), (torch.randn(3, 3, 7, 7),)),
         "one channel": lambda: (Residual(1), (torch.randn(1, 1, 9, 6),)),
+        "block": lambda: (Block(), (torch.randint(0, 11, (2, 7)),)),
         "dense": lambda: (Dense(), (torch.randn(2, 3, 7, 5),)),
     }
 

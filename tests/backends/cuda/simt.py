@@ -31,14 +31,17 @@ def run(function: tirx.PrimFunc, *arrays: Array, asynchronous: bool = True) -> N
     grid.run()
 
 
-def run_lowered(function: tirx.PrimFunc, values: Sequence[int], blocks: int, threads: int) -> None:
+def run_lowered(
+    function: tirx.PrimFunc, values: Sequence[int], blocks: Sequence[int], threads: Sequence[int]
+) -> None:
     """Run what TVM has made of a kernel: ``values`` are addresses of memory and scalars, in the order of its parameters."""
     grid = _Grid(function, ())
     for parameter, value in zip(function.params, values, strict=True):
         (grid.addresses if _is_pointer(parameter) else grid.values)[parameter] = value
+    grid.is_ours = str(function.attrs["global_symbol"]).startswith("cuda_")
     grid.run()
-    launched = (grid.extents["blockIdx.x"], grid.extents["threadIdx.x"])
-    if launched != (blocks, threads):
+    launched = grid.size("blockIdx"), grid.size("threadIdx")
+    if launched != (tuple(blocks), tuple(threads)):
         raise Fault(f"{blocks} blocks of {threads} threads are launched for {launched}")
 
 
@@ -81,7 +84,7 @@ class _Grid(Memory):
 
     def run(self) -> None:
         self._count_lanes(self.function.body)
-        blocks, threads = self.extents["blockIdx.x"], self.extents["threadIdx.x"]
+        blocks, threads = (math.prod(self.size(unit)) for unit in ("blockIdx", "threadIdx"))
         self.lanes, self.threads = blocks * threads, threads
         self.block = np.repeat(np.arange(blocks), threads)
         self.phase = np.zeros(blocks, int)
@@ -91,6 +94,10 @@ class _Grid(Memory):
         self._statement(self.function.body)
         if any(self.groups):
             raise Fault("the kernel ends with copies on their way")
+
+    def size(self, unit: str) -> tuple[int, ...]:
+        """The extents of the grid (``blockIdx``) or of a block (``threadIdx``)."""
+        return tuple(self.extents.get(f"{unit}.{axis}", 1) for axis in "xyz")
 
     def _count_lanes(self, node: Any) -> None:
         if isinstance(node, tirx.SeqStmt):
@@ -115,15 +122,16 @@ class _Grid(Memory):
 
     def _AttrStmt(self, node: Any) -> None:
         if node.attr_key == "thread_extent":
-            number = np.arange(self.lanes)
-            first = str(node.node.thread_tag) == "threadIdx.x"
-            index = number % self.threads if first else number // self.threads
-            self.values[node.node.var] = index
+            unit, _, axis = str(node.node.thread_tag).partition(".")
+            lane = np.arange(self.lanes)
+            number = lane % self.threads if unit == "threadIdx" else lane // self.threads
+            behind = math.prod(self.size(unit)[: "xyz".index(axis)])
+            self.values[node.node.var] = number // behind % self.extents[f"{unit}.{axis}"]
         self._statement(node.body)
 
     def _AllocBuffer(self, node: Any) -> None:
         buffer = node.buffer
-        size = int(np.prod([int(s) for s in buffer.shape])) * np.dtype(str(buffer.dtype)).itemsize
+        size = int(np.prod([int(s) for s in buffer.shape])) * _item_bytes(buffer)
         shared = str(buffer.scope()).startswith("shared")
         copies = self.lanes // self.threads if shared else self.lanes
         data = np.full((copies, size), 0xCD, np.uint8)
@@ -144,7 +152,7 @@ class _Grid(Memory):
         """
         try:
             elements = math.prod(self._scalar(size) for size in buffer.shape)
-            size = elements * np.dtype(str(buffer.dtype)).itemsize
+            size = elements * _item_bytes(buffer)
         except KeyError:
             size = ctypes.CDLL(None).malloc_usable_size(ctypes.c_void_p(address))
         memory = (ctypes.c_uint8 * size).from_address(address)
@@ -176,25 +184,34 @@ class _Grid(Memory):
         self.mask = outer
 
     def _BufferStore(self, node: Any) -> None:
-        dtype = np.dtype(str(node.buffer.dtype))
+        dtype = _element(node.buffer)
         value = np.asarray(self._expression(node.value))
         offset, lanes = self._offset(node.buffer, node.indices)
         if value.ndim == 2:
             assert value.shape[1] == lanes
         value = np.broadcast_to(value.reshape(-1, lanes), (self.lanes, lanes)).astype(dtype)
-        self.write(Pointer(self.storages[node.buffer], offset), value.view(np.uint8))
+        storage = self.storages[node.buffer]
+        if offset.ndim == 2:  # elements apart, one by one
+            for i in range(lanes):
+                element = np.ascontiguousarray(value[:, i : i + 1])
+                self.write(Pointer(storage, offset[:, i]), element.view(np.uint8))
+            return
+        self.write(Pointer(storage, offset), value.view(np.uint8))
 
     # memory
 
     def _offset(self, buffer: Any, indices: Any) -> tuple[Array, int]:
-        """Bytes from the buffer's start, a lane each, and the elements from there on."""
+        """Bytes from the buffer's start, a lane each, and the elements from there on; of every element where they lie apart."""
         (index,) = indices
-        lanes = 1
+        size = _item_bytes(buffer)
+        lanes = of_element = size // _element(buffer).itemsize
         if isinstance(index, tirx.Ramp):
-            assert int(index.stride) == 1
-            lanes, index = int(index.lanes), index.base
+            lanes = int(index.lanes) * of_element
+            if int(index.stride) != 1:
+                return self._expression(index).astype(np.int64) * size, lanes
+            index = index.base
         offset = np.broadcast_to(self._expression(index), (self.lanes,)).astype(np.int64)
-        return offset * np.dtype(str(buffer.dtype)).itemsize, lanes
+        return offset * size, lanes
 
     # expressions
 
@@ -213,6 +230,14 @@ class _Grid(Memory):
 
     def _FloatImm(self, node: Any) -> Any:
         return np.dtype(_dtype(node)).type(float(node.value))
+
+    def _Broadcast(self, node: Any) -> Any:
+        value = np.broadcast_to(self._expression(node.value), (self.lanes,))
+        return np.repeat(value[:, None], int(node.lanes), axis=1)
+
+    def _Ramp(self, node: Any) -> Any:
+        base = np.broadcast_to(self._expression(node.base), (self.lanes,))
+        return base[:, None] + np.arange(int(node.lanes)) * self._expression(node.stride)
 
     def _Var(self, node: Any) -> Any:
         return self.values[node]
@@ -236,9 +261,13 @@ class _Grid(Memory):
         return np.where(self._expression(node.condition), *values)
 
     def _TensorLoad(self, node: Any) -> Any:
-        dtype = np.dtype(str(node.source.dtype))
+        dtype = _element(node.source)
         offset, lanes = self._offset(node.source, node.indices)
-        data = self.read(Pointer(self.storages[node.source], offset), lanes * dtype.itemsize)
+        storage = self.storages[node.source]
+        if offset.ndim == 2:
+            columns = [self.read(Pointer(storage, o), dtype.itemsize) for o in offset.T]
+            return np.ascontiguousarray(np.concatenate(columns, axis=1)).view(dtype)
+        data = self.read(Pointer(storage, offset), lanes * dtype.itemsize)
         value = np.ascontiguousarray(data).view(dtype)
         return value[:, 0] if lanes == 1 else value
 
@@ -284,6 +313,15 @@ class _Grid(Memory):
 def _dtype(node: Any) -> str:
     kind = str(node.ty.dtype)
     return "bool" if kind == "bool" else kind
+
+
+def _element(buffer: Any) -> np.dtype[Any]:
+    """The scalar type of a buffer, whose elements may be vectors."""
+    return np.dtype(str(buffer.dtype).partition("x")[0])
+
+
+def _item_bytes(buffer: Any) -> int:
+    return _element(buffer).itemsize * int(str(buffer.dtype).partition("x")[2] or 1)
 
 
 def _text(value: Any) -> str:

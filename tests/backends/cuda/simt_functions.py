@@ -42,6 +42,10 @@ _ELEMENTWISE: dict[str, Any] = {
     "tirx.tanh": np.tanh,
     "tirx.erf": np.vectorize(math.erf, otypes=[np.float32]),
     "expf": np.exp,
+    "logf": np.log,
+    "powf": np.power,
+    "sqrtf": np.sqrt,
+    "rsqrtf": lambda x: np.float32(1.0) / np.sqrt(x),
     "tanhf": np.tanh,
     "erff": np.vectorize(math.erf, otypes=[np.float32]),
     "__fmul_rn": np.multiply,
@@ -73,6 +77,11 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         return _load_matrices(grid, *values)
     if name == "graphopt_commit":
         return grid.commit()
+    shuffle = re.fullmatch(r"tirx\.cuda\.__shfl_(\w+)", name)
+    if shuffle is not None:
+        return _shuffle(grid, shuffle[1], *values[1:4])
+    if name == "tirx.cuda.__activemask":
+        return np.uint32(0xFFFFFFFF)
     copy = re.fullmatch(r"graphopt_(copy|copy_part|copy_or_\d+|wait)_(\d+)", name)
     assert copy is not None, f"{name} has no definition here"
     size = int(copy[2])
@@ -83,6 +92,21 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         fill = int(copy[1].removeprefix("copy_or_"))
         values[2] = np.where(values[2], size, 0)
     return grid.announce(*values[:2], size, grid.asynchronous and size >= 4, *values[2:], fill=fill)
+
+
+def _shuffle(grid: Any, how: str, value: Any, offset: Any, width: Any) -> Array:
+    """CUDA's ``__shfl_sync`` and its kin: a value of another lane of the warp, which must run too."""
+    lane = np.arange(grid.lanes)
+    within = lane % grid.threads % WARP
+    part = within % width
+    places = {"sync": offset % width, "down_sync": part + offset, "xor_sync": part ^ offset}
+    place = np.where(places[how] < width, places[how], part)
+    source = lane - part + place
+    inside = source % grid.threads // WARP == lane % grid.threads // WARP
+    source = np.where(inside & (source < grid.lanes), source, lane)
+    assert grid.mask[source[grid.mask]].all(), "a shuffle from a thread that does not run"
+    result: Array = np.broadcast_to(np.asarray(value), (grid.lanes,))[source]
+    return result
 
 
 def _lanes(grid: Any, value: Any, dtype: str) -> Array:
