@@ -59,6 +59,16 @@ class Tile:
         return self.stages * self.step_bytes
 
     @property
+    def fragment_bytes(self) -> int:
+        """What the warps read of a step: each its rows and columns of the tile."""
+        return self.threads // 32 * (self.warp_rows + self.warp_columns) * STEP
+
+    @property
+    def speed(self) -> int:
+        """Products of k that take the time of one."""
+        return 1
+
+    @property
     def registers(self) -> int:
         """Of a thread, about: sums, two parts' fragments, addresses."""
         sums = self.warp_rows * self.warp_columns // 32
@@ -80,7 +90,7 @@ TILES = (
     Tile(64, 32, (2, 2)),
     Tile(32, 32, (2, 2)),
 )
-_ASSUMED_BATCH = 8  # of a dynamic one
+ASSUMED_BATCH = 8  # of a dynamic one
 _TURING_OUTPUTS = 64 * 32  # of a warp
 _MOST_WINDOWS = 8  # of a thread, three registers each
 
@@ -178,24 +188,23 @@ def possible(tile: Tile, arch: Arch, vector: int) -> bool:
 def bounds(tile: Tile, arch: Arch) -> dict[str, float]:
     """Cycles of one step of a block, if nothing but this took time: products, shared memory, loads from the L2 cache.
 
-    A warp reads its rows and columns of the tile, and every byte of the tile is written once.
+    Every byte of the tile is written once and read by all warps that need it.
     """
-    fragments = tile.threads // 32 * (tile.warp_rows + tile.warp_columns) * STEP
     return {
-        "tensor": tile.rows * tile.columns * STEP / arch.rate,
-        "shared": (fragments + tile.step_bytes) / _SHARED_RATE,
+        "tensor": tile.rows * tile.columns * STEP / (arch.rate * tile.speed),
+        "shared": (tile.fragment_bytes + tile.step_bytes) / _SHARED_RATE,
         "loads": tile.step_bytes / _LOAD_RATE,
     }
 
 
-def _cycles(plan: ConvPlan, arch: Arch) -> float:
+def cycles(plan: ConvPlan, arch: Arch) -> float:
     """Estimated time of the products and outputs of the multiprocessor that has most of them.
 
     Blocks that it holds together share its units and hide each other's beginning; a step of few of them takes as long as a
     copy's way from memory. Main memory moves the same bytes for every tile.
     """
     tile, workload = plan.tile, plan.workload
-    outputs = (workload.y.batch or _ASSUMED_BATCH) * plan.pixels
+    outputs = (workload.y.batch or ASSUMED_BATCH) * plan.pixels
     blocks = math.ceil(outputs / tile.rows) * plan.column_tiles
     held_by_registers = _REGISTERS // (tile.threads * tile.registers)
     held_by_memory = (arch.dynamic_bytes + _RESERVED) // (tile.shared_bytes + _RESERVED)
@@ -221,4 +230,4 @@ def plan_conv(
         return ConvPlan(workload, tile, product)
     plans = [ConvPlan(workload, candidate, product) for candidate in TILES]
     found = [plan for plan in plans if possible(plan.tile, arch, plan.vector)]
-    return min(found, key=lambda plan: _cycles(plan, arch))
+    return min(found, key=lambda plan: cycles(plan, arch))

@@ -23,7 +23,7 @@ from graphopt.backends.cuda.device import synchronize
 from graphopt.backends.cuda.epilogue import int32
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
 from graphopt.backends.cuda.pipeline import Ring
-from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile
+from graphopt.backends.cuda.shared_tile import CHUNK, SharedTile, block_memory
 from graphopt.backends.cuda.sparse_fragments import (
     PIXELS,
     Pixels,
@@ -78,7 +78,7 @@ class _Block:
             first_output = bind(tirx.floordiv(block, plan.column_tiles) * tile.rows)
             first_channel = bind(self.column_tile * tile.columns)
             self.place = BlockPlace(thread, first_output, first_channel, self.outputs)
-            shared = T.alloc_buffer((tile.shared_bytes,), "uint8", scope="shared")
+            shared = block_memory(plan.shared_bytes)
             self.x_tile = SharedTile(shared, 0, tile.rows, STEP, tile.stages)
             # fragments are read lane by lane: rows of one chunk, which none is swapped with
             chunks = tile.columns // ROWS * FRAGMENT_BYTES // CHUNK
