@@ -117,7 +117,13 @@ class _Kernel:
         plan, x = self.plan, self.workload.x
         pixel = bind(self._vector(tile) * plan.lanes)
         start = bind(image * (x.planes * x.plane_pixels) + pixel)
-        self._tile(self.x, start, Tile(image, pixel), low, high)
+        if not plan.copies:
+            self._tile(self.x, start, Tile(image, pixel), low, high)
+            return
+        size = x.planes * plan.map_pixels * x.group
+        copied = T.alloc_buffer((size,), x.dtype, scope="global")
+        Gather(plan, self.isa, self.x, copied).tile(start)
+        self._tile(copied, 0, Tile(image, pixel), low, high)
 
     def _vector(self, tile: Expr) -> Expr:
         """The first vector of a tile of a map in line; the last tile overlaps its neighbour."""
@@ -129,7 +135,7 @@ class _Kernel:
         first_line = bind(emit.minimum(chunk * plan.chunk_lines, last))
         size = plan.gathered_pixels * self.workload.x.group
         gathered = T.alloc_buffer((size,), self.workload.x.dtype, scope="global")
-        Gather(plan, self.x, gathered).chunk(image, first_line)
+        Gather(plan, self.isa, self.x, gathered).chunk(image, first_line)
         with emit.loop(plan.chunk) as down, emit.loop(plan.tiles_wide) as across:
             line = bind(down * plan.high)
             column: Expr = 0

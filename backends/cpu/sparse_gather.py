@@ -1,4 +1,4 @@
-"""What a chunk of lines reads, tap column by tap column, with strides and padding undone."""
+"""What a chunk of lines reads, tap column by tap column, with strides and padding undone; bytes as the row multiplies them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,37 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.sparse_plan import SparsePlan
 from graphopt.backends.cpu.stream import sweep
 
 
 class Gather:
-    """Fills a buffer of ``plan.gathered_pixels`` from the planes of one image."""
+    """Fills a buffer of ``plan.gathered_pixels`` from the planes of one image, or of a flat tile's ``map_pixels`` of each plane."""
 
-    def __init__(self, plan: SparsePlan, x: Buffer, gathered: Buffer) -> None:
+    def __init__(self, plan: SparsePlan, isa: Isa, x: Buffer, gathered: Buffer) -> None:
         self.plan = plan
+        self.isa = isa
         self.x = x
         self.gathered = gathered
         self.group = plan.workload.x.group
         self.width = plan.workload.y.width
         self.dtype = plan.workload.x.dtype
+
+    def tile(self, start: Expr) -> None:
+        """The pixels of all planes of a flat tile, the first plane's at ``start``."""
+        plan = self.plan
+        size = plan.lanes * self.group
+        with emit.loop(plan.workload.x.planes) as plane:
+            source = bind(start + plane * plan.workload.x.plane_pixels)
+            for v in range(plan.wide):
+                value = emit.load(self.x, (source + v * plan.lanes) * self.group, size)
+                self._store(plane * plan.map_pixels + v * plan.lanes, value)
+
+    def _store(self, pixel: Expr, value: Expr) -> None:
+        if self.group > 1:
+            value = emit.flipped(self.isa, value)
+        emit.store(self.gathered, pixel * self.group, value)
 
     def chunk(self, image: Expr, first_line: Expr) -> None:
         """The maps of the chunk that begins at an output line."""
@@ -76,7 +93,7 @@ class Gather:
 
         def copy(q: Expr, lanes: int) -> None:
             value = self._load(start + q * stride, lanes, stride)
-            emit.store(self.gathered, (target + first + q) * self.group, value)
+            self._store(target + first + q, value)
 
         sweep(last - first, plan.lanes, copy)
         self._fill(target + last, self.width - last)
@@ -114,7 +131,7 @@ class Gather:
 
         def store(q: Expr, lanes: int) -> None:
             vector = emit.constant(self.dtype, value, lanes * self.group)
-            emit.store(self.gathered, (target + q) * self.group, vector)
+            self._store(target + q, vector)
 
         if pixels:
             sweep(pixels, self.plan.lanes, store)

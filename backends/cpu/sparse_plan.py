@@ -4,7 +4,8 @@ A kernel multiplies vectors of neighbouring pixels by one broadcast weight, so t
 reads input pixel i alone (``flat``) it reads the input where it is, all pixels in one line. Elsewhere each chunk of lines is
 first gathered: one map a tap column, with strides and padding undone and every line beginning at a whole vector (or, of
 short lines, several of them filling one), so that all taps load aligned vectors. The gathered input is read
-``density * output channels`` times.
+``density * output channels`` times. A row that multiplies ``x - flip`` copies the pixels of a flat tile, too: what is copied is flipped
+once, and not again with every product.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _LINE_BYTES = 64
 _PAGE_CYCLES = 0.5  # a vector
 _GATHER_CYCLES = 1.9  # a vector copied
 _GATHER_LINE_CYCLES = 3.7
+_COPY_CYCLES = 1.0  # a vector of a flat tile
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class SparseChoice:
 class SparsePlan:
     """The cut of one sparse convolution; offsets and sizes in pixels of 32 bits.
 
-    ``flat``: the input is read where it is. Where a window is one pixel all pixels are one line (``in_line``).
+    ``flat``: the input is read where it is, or from a copy of a tile's pixels (``copies``). Where a window is one pixel all
+    pixels are one line (``in_line``).
 
     A vector holds ``lines`` output lines of ``pitch`` pixels each, or a part of one (``lines`` 1). They are ``chunk_rows`` apart,
     so that the vector that a tap reads is a gathered one, too: ``row_pitch`` pixels from a row of vectors to the next. ``phases`` are the input
@@ -72,6 +75,7 @@ class SparsePlan:
     workload: Conv2d
     lanes: int
     flat: bool
+    copies: bool
     high: int
     wide: int
     chunk: int
@@ -158,6 +162,8 @@ class SparsePlan:
     @cached_property
     def map_pixels(self) -> int:
         """Pixels from one plane's map to the next: an odd number of cache lines, for the sake of L1's sets."""
+        if self.copies:
+            return self.wide * self.lanes
         if self.flat:
             return self.workload.x.plane_pixels
         return PLANE_PIXELS * (-(-self.gathered_rows * self.row_pitch // PLANE_PIXELS) | 1)
@@ -189,6 +195,8 @@ class SparsePlan:
     @property
     def unit(self) -> int:
         """Pixels that every tap's offset is a multiple of."""
+        if self.copies:
+            return self.map_pixels
         return PLANE_PIXELS if self.flat else math.gcd(PLANE_PIXELS, self.row_pitch)
 
     def offsets(self) -> list[int]:
@@ -254,7 +262,9 @@ def _candidates(workload: Conv2d, isa: Isa) -> Iterator[SparseChoice]:
 
 
 def _plan(workload: Conv2d, isa: Isa, c: SparseChoice) -> SparsePlan:
-    return SparsePlan(workload, isa.lanes, _is_flat(workload), c.high, c.wide, c.chunk, c.parts)
+    flat = _is_flat(workload)
+    copies = flat and workload.x.dtype == "uint8" and any(isa.flips)
+    return SparsePlan(workload, isa.lanes, flat, copies, c.high, c.wide, c.chunk, c.parts)
 
 
 def _fits_map(plan: SparsePlan) -> bool:
@@ -265,8 +275,8 @@ def _fits_map(plan: SparsePlan) -> bool:
 
 
 def _instructions(isa: Isa) -> int:
-    """That multiply a vector of bytes by a block: two, where they are spread to words or halves, and one for the flip."""
-    return isa.products + 2 * (isa.form != "dot") + any(isa.flips)
+    """That multiply a vector of bytes by a block: two more, where they are spread to words or halves."""
+    return isa.products + 2 * (isa.form != "dot")
 
 
 def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
@@ -292,6 +302,8 @@ def _cycles(plan: SparsePlan, isa: Isa, density: float) -> float:
         row += _CROWDED_CYCLES
     tiles = plan.chunks * plan.chunk * plan.tiles_wide
     cycles = tiles * (plan.rows * row + tile_bytes / _LINE_BYTES * _STREAM_CYCLES)
+    if plan.copies:
+        cycles += tiles * x.planes * plan.wide * _COPY_CYCLES
     if not plan.flat:
         line = -(-workload.y.width // plan.lanes) * _GATHER_CYCLES + _GATHER_LINE_CYCLES
         cycles += plan.chunks * plan.maps * x.planes * plan.gathered_lines * line

@@ -98,6 +98,6 @@ class Products:
         value = emit.load(self.source, pixel * INT8_STEP, INT8_STEP * lanes)
         if isa.form == "pairs":
             return emit.dot(isa, total, emit.spread_bytes(isa, value), weight)
-        value = T.reinterpret(f"int8x{4 * lanes}", emit.flipped(isa, value))
+        value = T.reinterpret(f"int8x{4 * lanes}", value)  # flipped when it was copied
         x = emit.halves_of_lanes(isa, value) if isa.form == "long" else [value]
         return emit.dot(isa, total, x, weight)
