@@ -15,13 +15,21 @@ from graphopt.backends.cuda.memory import WIDEST
 from graphopt.backends.cuda.products import Product, item_bytes, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
-_STAGES = (
-    3,
-    4,
-)  # tiles in shared memory: one is read, the others on their way; the fourth where it costs no launch option
+# tiles in shared memory: one is read, the others are on their way; the fourth where all may be declared statically
+_STAGES = (3, 4)
 _STATIC_BYTES = 48 * 1024
 STAGING_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 GROUP = 4  # bytes
+ASSUMED_BATCH = 8  # of a dynamic one
+_TURING_OUTPUTS = 64 * 32  # of a warp
+_MOST_WINDOWS = 8  # of a thread, three registers each
+
+_SHARED_RATE = 128  # bytes a cycle of a multiprocessor: 32 banks of four
+_LOAD_RATE = 32  # bytes a cycle from the L2 cache, a sector: about what every multiprocessor gets when all of them load
+_LATENCY = 700  # cycles of a load from memory
+_REGISTERS = 65536  # of a multiprocessor
+_RESERVED = 1024  # bytes of shared memory that a block takes beside its own
+_OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,15 @@ class Tile:
         sums = self.warp_rows * self.warp_columns // 32
         return sums + (self.warp_rows + self.warp_columns) // 2 + 56
 
+    def held(self, arch: Arch) -> int:
+        """Blocks that a multiprocessor holds at a time."""
+        by_registers = _REGISTERS // (self.threads * self.registers)
+        by_memory = (arch.dynamic_bytes + _RESERVED) // (self.shared_bytes + _RESERVED)
+        return max(1, min(by_registers, by_memory))
+
 
 # Largest first. Warps of 64 x 64 outputs read 8 KB of shared memory for 64 products, of 64 x 32 6 KB for 32.
-TILES = (
+TILES: tuple[Tile, ...] = (
     Tile(256, 128, (4, 2)),
     Tile(128, 256, (2, 4)),
     Tile(128, 128, (2, 2)),
@@ -90,16 +104,6 @@ TILES = (
     Tile(64, 32, (2, 2)),
     Tile(32, 32, (2, 2)),
 )
-ASSUMED_BATCH = 8  # of a dynamic one
-_TURING_OUTPUTS = 64 * 32  # of a warp
-_MOST_WINDOWS = 8  # of a thread, three registers each
-
-_SHARED_RATE = 128  # bytes a cycle of a multiprocessor: 32 banks of four
-_LOAD_RATE = 32  # bytes a cycle from the L2 cache, a sector: about what every multiprocessor gets when all of them load
-_LATENCY = 700  # cycles of a load from memory
-_REGISTERS = 65536  # of a multiprocessor
-_RESERVED = 1024  # bytes of shared memory that a block takes beside its own
-_OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,7 @@ def cycles(plan: ConvPlan, arch: Arch) -> float:
     tile, workload = plan.tile, plan.workload
     outputs = (workload.y.batch or ASSUMED_BATCH) * plan.pixels
     blocks = math.ceil(outputs / tile.rows) * plan.column_tiles
-    held_by_registers = _REGISTERS // (tile.threads * tile.registers)
-    held_by_memory = (arch.dynamic_bytes + _RESERVED) // (tile.shared_bytes + _RESERVED)
-    held = max(1, min(held_by_registers, held_by_memory))
+    held = tile.held(arch)
     work = max(bounds(tile, arch).values())
     rounding = tile.rows * tile.columns * _OUTPUT_CYCLES
 
