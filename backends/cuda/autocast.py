@@ -89,7 +89,8 @@ def kind_of(node: fx.Node) -> Kind:
 
 def is_added(node: fx.Node, argument: str) -> bool:
     """True for what a product adds to its sum, by the argument's name in the schema."""
-    return argument in _ADDED or (argument == "self" and node.target.__name__.startswith("add"))  # type: ignore[union-attr]
+    name = node.target._schema.name  # type: ignore[union-attr]
+    return argument in _ADDED or (argument == "self" and "add" in name)
 
 
 def values(node: fx.Node) -> list[Any]:
@@ -100,6 +101,19 @@ def values(node: fx.Node) -> list[Any]:
 def holds_float32(node: fx.Node) -> bool:
     """True where the result, or a part of it, is float32."""
     return any(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in values(node))
+
+
+def is_cast(node: fx.Node | None) -> bool:
+    """True for a change of element type."""
+    return node is not None and node.target is torch.ops.aten.to.dtype
+
+
+def half_behind(node: fx.Node) -> fx.Node | None:
+    """The float16 value that a float32 one was cast from."""
+    if not is_cast(node) or node.meta["val"].dtype != torch.float32:
+        return None
+    source = node.all_input_nodes[0]
+    return source if source.meta["val"].dtype == torch.float16 else None
 
 
 def _is_float32(node: fx.Node) -> bool:

@@ -16,7 +16,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphopt import ops
-from graphopt.backends.cuda.autocast import LARGEST, Kind, holds_float32, is_added, kind_of
+from graphopt.backends.cuda.autocast import (
+    LARGEST,
+    Kind,
+    half_behind,
+    holds_float32,
+    is_added,
+    kind_of,
+)
 from graphopt.backends.lower import convolution, elementwise
 from graphopt.backends.lower.convolution import ConvolutionStep
 from graphopt.contract import Contract, lossy
@@ -77,9 +84,11 @@ class _Rewrite:
         self.floats = {node for node in self.graph.nodes if holds_float32(node)}
         self.half: dict[fx.Node, fx.Node] = {}  # a value that is stored in float16, as such
         self.rounded: dict[fx.Node, fx.Node] = {}  # a float16 copy of one that is not
+        self.inner: set[fx.Node] = set()  # what could be, and stays in a kernel's registers
         self.widened: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.parameters: dict[str, fx.Node] = {}  # in float16, by their paths
         self.facts = self._survey()
+        self.followed = set(self.facts.before.values())
         self.halved = self._halved()
 
     def run(self) -> None:
@@ -112,7 +121,8 @@ class _Rewrite:
             if readers and all(_multiplies(facts, node, reader) for reader in readers):
                 facts.multiplied.add(node)
         for node in self.graph.nodes:
-            if node in self.floats and node not in facts.before:
+            single = isinstance(node.meta.get("val"), torch.Tensor)
+            if node in self.floats and single and node not in facts.before:
                 _add_epilogue(facts, node)
         return facts
 
@@ -149,9 +159,7 @@ class _Rewrite:
         given = list(_operands(node))
         added = {value for name, value in given if is_added(node, name)}
         forms = {
-            value: self._float32(value, node)
-            if value in added
-            else self._cast(self._float16(value), torch.float32, node)
+            value: self._float32(value, node) if value in added else self._rounded(value, node)
             for _, value in given
             if value in self.floats
         }
@@ -161,7 +169,7 @@ class _Rewrite:
     def _compute(self, node: fx.Node, kind: Kind) -> None:
         given = [value for value in node.all_input_nodes if value in self.floats]
         native = [value for value in given if self._is_computed(value)]
-        from_float32 = any(value not in self.half for value in native)
+        from_float32 = any(value not in self.half and value not in self.inner for value in native)
         before = self.facts.before.get(node)
         self._read(
             node,
@@ -194,8 +202,10 @@ class _Rewrite:
         return value.op != "get_attr" or self._largest(value) <= LARGEST
 
     def _store(self, node: fx.Node, in_half: bool) -> None:
-        """Round the value behind the node, if it is one tensor."""
-        if in_half and isinstance(node.meta["val"], torch.Tensor) and node in self.floats:
+        """Round the value behind the node, if it is one tensor that leaves its kernel."""
+        if in_half and node in self.followed:
+            self.inner.add(node)
+        elif in_half and isinstance(node.meta["val"], torch.Tensor) and node in self.floats:
             self.half[node] = self._cast(node, torch.float16, node.next)
             self.edit.rewrites += 1
 
@@ -207,6 +217,12 @@ class _Rewrite:
         if value not in self.half:
             return value
         return self._cast(self.half[value], torch.float32, reader)
+
+    def _rounded(self, value: fx.Node, reader: fx.Node) -> fx.Node:
+        """A float32 that float16 holds: itself where it is one already."""
+        if half_behind(value) is not None:
+            return value
+        return self._cast(self._float16(value), torch.float32, reader)
 
     def _float16(self, value: fx.Node) -> fx.Node:
         if value not in self.floats:

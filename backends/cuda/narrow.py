@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from graphopt.backends.cuda.autocast import half_behind, is_cast
 from graphopt.backends.lower.convolution import BatchNormStep, ConvolutionStep, unpadded
 from graphopt.backends.lower.elementwise import ConcatStep, ConvertStep
 from graphopt.backends.lower.fusing import sole_user
@@ -36,7 +37,7 @@ def narrowing(select: Selector) -> Selector:
 
 def select_cast(node: fx.Node) -> Step | None:
     """A cast between float16 and float32 of a map or of rows, which may change its layout on the way."""
-    if not _is_cast(node) or rank(node) not in (2, 4):
+    if not is_cast(node) or rank(node) not in (2, 4):
         return None
     x = node.all_input_nodes[0]
     dtypes = (value_of(x).dtype, value_of(node).dtype)
@@ -45,22 +46,10 @@ def select_cast(node: fx.Node) -> Step | None:
     return ConvertStep([node], x)
 
 
-def _is_cast(node: fx.Node | None) -> bool:
-    return node is not None and node.target is torch.ops.aten.to.dtype
-
-
-def _half_behind(node: fx.Node) -> fx.Node | None:
-    """The float16 value that a float32 one was cast from."""
-    if not _is_cast(node) or value_of(node).dtype != torch.float32:
-        return None
-    source = node.all_input_nodes[0]
-    return source if value_of(source).dtype == torch.float16 else None
-
-
 def _rounding(step: Step) -> fx.Node | None:
     """The cast to float16 that alone reads what a step makes."""
     user = sole_user(step.output)
-    if not _is_cast(user) or user is None or value_of(user).dtype != torch.float16:
+    if not is_cast(user) or user is None or value_of(user).dtype != torch.float16:
         return None
     return user if value_of(step.output).dtype == torch.float32 else None
 
@@ -71,7 +60,7 @@ def _round(step: Step, cast: fx.Node) -> None:
 
 
 def _narrow(step: Step) -> None:
-    halves, cast = [_half_behind(value) for value in step.inputs], _rounding(step)
+    halves, cast = [half_behind(value) for value in step.inputs], _rounding(step)
     if isinstance(step, ConcatStep) and (cast is None or None in halves):
         return  # it copies
     step.inputs = [half or value for half, value in zip(halves, step.inputs, strict=True)]
@@ -81,16 +70,16 @@ def _narrow(step: Step) -> None:
 
 def _narrow_layer(step: ConvolutionStep) -> None:
     """Activations and weights are multiplied in one type, and a residual has the type of the result."""
-    x, cast = _half_behind(step.inputs[0]), _rounding(step)
+    x, cast = half_behind(step.inputs[0]), _rounding(step)
     if x is None or not (
-        isinstance(step, BatchNormStep) or _half_behind(step.constants.weight) is not None
+        isinstance(step, BatchNormStep) or half_behind(step.constants.weight) is not None
     ):
         return
     if rank(x) == 4:
         x, (top, left) = unpadded(x)
         padding = step.window.padding
         step.window = replace(step.window, padding=(padding[0] + top, padding[1] + left))
-    residual = _half_behind(step.inputs[1]) if len(step.inputs) > 1 else None
+    residual = half_behind(step.inputs[1]) if len(step.inputs) > 1 else None
     step.inputs[0] = x
     if cast is not None and (len(step.inputs) == 1 or residual is not None):
         if residual is not None:
