@@ -119,7 +119,9 @@ class _Block:
         padding = tirx.const(outside * 0x01010101, "uint32")
         channel = bind(first + quad * GROUP)
         if inputs % GROUP == 0 or w.groups == 1:
-            word = T.reinterpret("uint32", self.x.flat.vload(self.x.at(pixel, channel), f"{w.x.dtype}x4"))
+            word = T.reinterpret(
+                "uint32", self.x.flat.vload(self.x.at(pixel, channel), f"{w.x.dtype}x4")
+            )
             return bind(tirx.if_then_else(inside, word, padding))
         value = tirx.const(0, "uint32")
         for i in range(GROUP):

@@ -90,12 +90,8 @@ class CudaKernels(KernelSource):
                 raise AssertionError(f"{type(step).__name__} is none of SELECTORS' steps")
 
     def _check(self, step: Step, layout: Layout) -> None:
-        """Raise CompileError for what no kernel takes: signed bytes, elements that 32 bits do not number."""
+        """Raise CompileError for elements that 32 bits do not number."""
         name = step.output.name
-        if layout.dtype == "int8":
-            raise CompileError(
-                f"node {name!r}: CUDA kernels take uint8 activations, not int8; quantize with qmin = 0"
-            )
         _, largest = self.program.dynamic_batch or (1, 1)
         batch = largest if layout.batch is None else layout.batch
         if batch * math.prod(layout.shape) >= INDEX_LIMIT:

@@ -23,7 +23,7 @@ from graphopt.backends.cuda.stream import (
     store_group,
 )
 
-_LOWEST = {"uint8": 0, **dict.fromkeys(FLOATS, float("-inf"))}
+_LOWEST = {"uint8": 0, "int8": -128, **dict.fromkeys(FLOATS, float("-inf"))}
 
 
 def pool(workload: Pool2d) -> PrimFunc:

@@ -297,7 +297,8 @@ def select_concat(node: fx.Node) -> Step | None:
     if not ops.is_op(node, "concat") or rank(node) != 4:
         return None
     a = ops.bind(node)
-    if a["dim"] not in (1, -3) or value_of(node).dtype not in (torch.uint8, torch.float32):
+    dtypes = (torch.uint8, torch.int8, torch.float32)
+    if a["dim"] not in (1, -3) or value_of(node).dtype not in dtypes:
         return None
     inputs = list(a["tensors"])
     alike = all(v.op != "get_attr" and value_of(v).dtype == value_of(node).dtype for v in inputs)

@@ -25,6 +25,7 @@ import graphopt as go
 from graphopt.bench.networks import NETWORKS
 from graphopt.cuda_runtime import check_device
 from graphopt.errors import TargetError
+from tests.backends.cuda.signed_network import Signed
 from tests.backends.cuda.simt import run_lowered
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -191,6 +192,8 @@ def _small_networks() -> None:
     model, x = Network().eval(), torch.randn(2, 3, 15, 14)
     _run("fixed", _compiled(model, x, dynamic=False), x)
     _run("dynamic", _compiled(model, x, dynamic=True), x[:1])
+    program = go.capture(Signed().eval(), (x[..., :8, :8],))
+    _run("signed", go.compile(program, "sm_80"), x[..., :8, :8])
     float_program = go.capture(model, (x,))
     artifact = go.compile(float_program, "sm_80")
     given, replayed = _outputs(artifact, x)

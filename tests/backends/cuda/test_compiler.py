@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 import graphopt as go
-from graphopt.backends.cpu.workload import Layout
 from graphopt.backends.cuda import build
-from graphopt.backends.cuda.arch import ARCHS
-from graphopt.backends.cuda.lower import SELECTORS, CudaKernels
 from graphopt.backends.cuda.toolkit import find_nvcc
-from graphopt.backends.lower.plan import make_plan
 from graphopt.errors import CompileError, TargetError
 
 
@@ -114,17 +110,4 @@ def test_elements_that_int32_does_not_number() -> None:
         go.compile(program, "sm_80")
     assert str(caught.value) == (
         "node 'relu': a tensor of 4194304 x (8, 8, 8) elements has 2**31 or more; compile a smaller batch"
-    )
-
-
-def test_signed_activations() -> None:
-    program = go.capture(_Net().eval(), (torch.randn(1, 3, 8, 8),))
-    kernels = CudaKernels(program, ARCHS["sm_80"])
-    plan = make_plan(program, SELECTORS, margins=False)
-    step = next(iter(plan.steps.values()))
-    layout = Layout(1, 8, 8, 4, "int8")
-    with pytest.raises(CompileError) as caught:
-        kernels.kernel(step, [layout], layout)
-    assert str(caught.value) == (
-        f"node {step.output.name!r}: CUDA kernels take uint8 activations, not int8; quantize with qmin = 0"
     )

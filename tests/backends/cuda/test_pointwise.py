@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,18 +21,19 @@ def _bytes(*shape: int) -> Array:
     return RNG.integers(0, 256, shape).astype(np.uint8)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
 @pytest.mark.parametrize("batch", [2, None])
-def test_integer_sum(batch: int | None) -> None:
-    layout = image(batch, (5, 3), 10)
-    a, b = _bytes(2, 5, 3, 10), _bytes(2, 5, 3, 10)
-    y = np.zeros((2, *layout.shape), np.uint8)
+def test_integer_sum(batch: int | None, dtype: str) -> None:
+    layout = image(batch, (5, 3), 10, dtype)
+    a, b = _bytes(2, 5, 3, 10).view(dtype), _bytes(2, 5, 3, 10).view(dtype)
+    y = np.zeros((2, *layout.shape), dtype)
+    p = RESIDUAL_ADD if dtype == "uint8" else replace(RESIDUAL_ADD, qmin=-128, qmax=127)
     run(
-        add(Add(layout, layout, layout, RESIDUAL_ADD)),
+        add(Add(layout, layout, layout, p)),
         stored(layout, 2, a, RNG),
         stored(layout, 2, b, RNG),
         y,
     )
-    p = RESIDUAL_ADD
     numbers = (p.a_multiplier, p.b_multiplier, p.shift, p.a_zero_point, p.b_zero_point)
     bounds = (p.zero_point, p.qmin, p.qmax)
     want = torch.ops.graphopt.add(to_torch(a), to_torch(b), *numbers, *bounds)
@@ -48,13 +51,14 @@ def test_float_sum_and_product_with_an_activation() -> None:
     assert (y == a * b).all()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
 @pytest.mark.parametrize("channels", [(8, 4, 12), (8, 5, 12), (3, 2, 1)])
-def test_concatenation(channels: tuple[int, ...]) -> None:
-    inputs = tuple(image(2, (3, 2), c) for c in channels)
-    y = image(2, (3, 2), sum(channels))
-    values = [_bytes(2, 3, 2, c) for c in channels]
+def test_concatenation(channels: tuple[int, ...], dtype: str) -> None:
+    inputs = tuple(image(2, (3, 2), c, dtype) for c in channels)
+    y = image(2, (3, 2), sum(channels), dtype)
+    values = [_bytes(2, 3, 2, c).view(dtype) for c in channels]
     memory = [stored(x, 2, v, RNG) for x, v in zip(inputs, values, strict=True)]
-    result = np.zeros((2, *y.shape), np.uint8)
+    result = np.zeros((2, *y.shape), dtype)
     run(concat(Concat(inputs, y, (None,) * 3)), *memory, result)
     assert (logical(y, result) == np.concatenate(values, -1)).all()
 
@@ -82,13 +86,18 @@ def test_dequantize_to_nchw() -> None:
     assert (result == torch.ops.graphopt.dequantize(to_torch(values), 0.1, 7).numpy()).all()
 
 
-def test_requantize() -> None:
-    layout = image(2, (3, 3), 9)
-    values = _bytes(2, 3, 3, 9)
-    result = np.zeros((2, *layout.shape), np.uint8)
-    workload = Convert(layout, layout, scale=0.7, x_zero_point=20, requantize=Requantize(3, 3, 200))
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [("uint8", Requantize(3, 3, 200)), ("int8", Requantize(-30, -120, 90))],
+)
+def test_requantize(dtype: str, rounding: Requantize) -> None:
+    layout = image(2, (3, 3), 9, dtype)
+    values = _bytes(2, 3, 3, 9).view(dtype)
+    result = np.zeros((2, *layout.shape), dtype)
+    workload = Convert(layout, layout, scale=0.7, x_zero_point=20, requantize=rounding)
     run(convert(workload), stored(layout, 2, values, RNG), result)
-    want = torch.ops.graphopt.requantize(torch.from_numpy(values), 0.7, 20, 3, 3, 200)
+    bounds = (rounding.zero_point, rounding.qmin, rounding.qmax)
+    want = torch.ops.graphopt.requantize(torch.from_numpy(values), 0.7, 20, *bounds)
     assert (logical(layout, result) == want.numpy()).all()
 
 

@@ -31,15 +31,37 @@ def _nhwc(value: Any) -> Array:
     return found
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
 @pytest.mark.parametrize(
     ("stride", "dilation", "ceil"), [(2, 1, False), (1, 2, False), (2, 1, True)]
 )
-def test_maximum(stride: int, dilation: int, ceil: bool) -> None:
+def test_maximum(stride: int, dilation: int, ceil: bool, dtype: str) -> None:
     shape = ([3, 3], [stride] * 2, [1, 1], [dilation] * 2, ceil)
-    want = _nhwc(torch.ops.graphopt.max_pool2d(to_torch(VALUES), *shape))
-    y = image(2, want.shape[1:3], 10)
-    workload = Pool2d("max", X, y, (3, 3), (stride, stride), (1, 1), (dilation, dilation))
-    assert (_result(workload, stored(X, 2, VALUES, RNG)) == want).all()
+    values, x = VALUES.view(dtype), image(2, (7, 8), 10, dtype)
+    want = _nhwc(torch.ops.graphopt.max_pool2d(to_torch(values), *shape))
+    y = image(2, want.shape[1:3], 10, dtype)
+    workload = Pool2d("max", x, y, (3, 3), (stride, stride), (1, 1), (dilation, dilation))
+    assert (_result(workload, stored(x, 2, values, RNG)) == want).all()
+
+
+def test_integer_average_of_signed_bytes() -> None:
+    values, x = VALUES.view(np.int8), image(2, (7, 8), 10, "int8")
+    shape = ([3, 3], [2, 2], [1, 1], False, True, 0)
+    want = torch.ops.graphopt.avg_pool2d(to_torch(values), *shape, 1.9, -50, 9, -128, 127)
+    workload = Pool2d(
+        "average",
+        x,
+        image(2, (4, 4), 10, "int8"),
+        (3, 3),
+        (2, 2),
+        (1, 1),
+        count_include_pad=True,
+        x_zero_point=-50,
+        requantize=Requantize(9, -128, 127),
+    )
+    y = np.zeros((2, *workload.y.shape), np.int8)
+    run(pool(workload), stored(x, 2, values, RNG), *pack_pool2d(workload, 1.9), y)
+    assert (logical(workload.y, y) == _nhwc(want)).all()
 
 
 @pytest.mark.parametrize("include", [False, True])

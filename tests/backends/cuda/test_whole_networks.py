@@ -26,7 +26,7 @@ def test_a_session_equals_the_program(tmp_path: Path) -> None:
     *networks, floats, refused = _lines(tmp_path)
     forms = ["depthwise", "dp4a", "mma"]
     assert networks == [
-        {"network": name, "equal": True, "forms": forms} for name in ("fixed", "dynamic")
+        {"network": name, "equal": True, "forms": forms} for name in ("fixed", "dynamic", "signed")
     ]
     assert floats == {"network": "float", "close": True}  # sums of 180 products, to 1e-5
     assert refused == (
