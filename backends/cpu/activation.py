@@ -7,6 +7,7 @@ import math
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.cpu import piecewise
 from graphopt.backends.cpu.emit import (
     Expr,
     bind,
@@ -18,6 +19,7 @@ from graphopt.backends.cpu.emit import (
     to_float,
     vector,
 )
+from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.workload import Activation
 
 _LN2_HIGH = 0.693359375  # ln 2 in 9 bits: n * high is exact for |n| < 2**15 (Cephes expf)
@@ -112,10 +114,17 @@ def _absolute(x: Expr, lanes: int) -> Expr:
     return T.max(x, _splat(0.0, lanes) - x)
 
 
-def apply_activation(activation: Activation | None, x: Expr, lanes: int) -> Expr:
-    """``activation(x)`` of a float32 vector; ``x`` itself where there is none. Emits bindings."""
+def apply_activation(
+    activation: Activation | None, x: Expr, lanes: int, isa: Isa | None = None
+) -> Expr:
+    """``activation(x)`` of a float32 vector; ``x`` itself where there is none. Emits bindings.
+
+    With ``isa`` in the form that suits its row best.
+    """
     if activation is None:
         return x
+    if isa is not None and activation.name == "gelu" and piecewise.can_look_up(isa, lanes):
+        return piecewise.gelu(isa, x)
     return _FUNCTIONS[activation.name](activation, bind(x), lanes)
 
 

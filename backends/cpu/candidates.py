@@ -54,7 +54,8 @@ def tuned_form(workload: Conv2d) -> Conv2d:
     """
     epilogue = workload.epilogue
     if epilogue.requantize is not None:
-        epilogue = dataclasses.replace(epilogue, requantize=_rounded(epilogue.requantize))
+        bounds, factor = _rounded(epilogue.requantize), 1.5 if epilogue.inverse_scale else 0.0
+        epilogue = dataclasses.replace(epilogue, requantize=bounds, inverse_scale=factor)
     add = epilogue.residual_add
     if add is not None:
         rounded = QuantizedAdd(

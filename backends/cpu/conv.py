@@ -18,7 +18,13 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import emit
 from graphopt.backends.cpu.conv_pack import pack_conv2d
-from graphopt.backends.cpu.conv_plan import ConvChoice, chunk_tiles, overlaps, plan_conv2d
+from graphopt.backends.cpu.conv_plan import (
+    ConvChoice,
+    ConvPlan,
+    chunk_tiles,
+    overlaps,
+    plan_conv2d,
+)
 from graphopt.backends.cpu.conv_steps import Steps, optional_loop
 from graphopt.backends.cpu.conv_store import Beside, Place, Scratch, TileStore
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
@@ -60,6 +66,34 @@ def _pixel(layout: Layout, image: Expr, row: Expr, column: Expr) -> Expr:
     """Offset of the first channel of a pixel; row and column count from the physical corner."""
     pixel = (image * layout.rows + row) * layout.columns + column
     return pixel * layout.channel_stride + layout.first_channel
+
+
+class _Waiting:
+    """A tile's accumulators in a ``Scratch``, finished in ``groups`` groups of pixels, ``steps`` at the most."""
+
+    def __init__(self, store: TileStore, plan: ConvPlan, channels: int, steps: int) -> None:
+        self._store = store
+        self._vectors = -(-channels // plan.lanes)
+        self._pixels = plan.pixels
+        self.scratch = Scratch(plan.pixels, self._vectors, plan.lanes)
+        self._together = store.together(plan.pixels, channels, steps)
+        self.groups = -(-plan.pixels // self._together)
+
+    def keep(self, accumulators: emit.Accumulators) -> None:
+        """Take the sums of a tile."""
+        for v in range(self._vectors):
+            for p in range(self._pixels):
+                self.scratch.set(p, v, accumulators.vector(p, v))
+
+    def finish(self, group: Expr, place: Place) -> None:
+        """One group; the last one overlaps its neighbour, and its pixels are stored twice."""
+        start = bind(emit.minimum(group * self._together, self._pixels - self._together))
+        self._store.finish(self.scratch.get, start, self._together, place)
+
+    def finish_all(self, place: Place) -> None:
+        """All groups in a loop."""
+        with emit.loop(self.groups) as group:
+            self.finish(group, place)
 
 
 class _Kernel:
@@ -197,6 +231,9 @@ class _Kernel:
         if self._overlaps():
             self._overlap(accumulate, target, channels, first, last)
             return
+        if self.store.waits:
+            self._defer(accumulate, target, channels, first, last)
+            return
         with T.serial(first, last) as unit:
             accumulators = accumulate(unit, None)
             self.store.finish(accumulators.vector, 0, plan.pixels, target(unit))
@@ -210,7 +247,7 @@ class _Kernel:
     def _overlaps(self) -> bool:
         """True where a tile's epilogue runs beside the next tile's steps."""
         plan, requantizes = self.plan, self.workload.epilogue.requantize is not None
-        possible = requantizes and self.store.late is None and plan.span >= plan.step
+        possible = (requantizes or self.store.waits) and plan.span >= plan.step
         return possible and overlaps(self.isa, self.workload.x.dtype, plan.pixels, plan.vectors)
 
     def _overlap(
@@ -223,30 +260,30 @@ class _Kernel:
     ) -> None:
         """The tiles ``first .. last``, each one's epilogue beside the first steps of the next."""
         plan = self.plan
-        vectors = -(-channels // plan.lanes)
-        scratch = Scratch(plan.pixels, vectors, plan.lanes)
         steps = plan.taps_high * plan.taps_wide * (plan.span // plan.step)
-        together = self.store.together(plan.pixels, channels, steps)
-        groups = -(-plan.pixels // together)
-
-        def finish(group: Expr, place: Place) -> None:
-            # the last group overlaps its neighbour: its pixels are stored twice
-            start = bind(emit.minimum(group * together, plan.pixels - together))
-            self.store.finish(lambda row, v: scratch.get(row, v), start, together, place)
-
-        def keep(accumulators: emit.Accumulators) -> None:
-            for v in range(vectors):
-                for p in range(plan.pixels):
-                    scratch.set(p, v, accumulators.vector(p, v))
-
-        keep(accumulate(first, None))
+        waiting = _Waiting(self.store, plan, channels, steps)
+        waiting.keep(accumulate(first, None))
         with T.serial(first + 1, last) as unit:
             place = target(unit - 1)
-            keep(accumulate(unit, Beside(groups, lambda group: finish(group, place))))
-        place = target(last - 1)
-        with emit.loop(groups) as group:
-            finish(group, place)
-        scratch.release()
+            beside = Beside(waiting.groups, lambda group: waiting.finish(group, place))
+            waiting.keep(accumulate(unit, beside))
+        waiting.finish_all(target(last - 1))
+        waiting.scratch.release()
+
+    def _defer(
+        self,
+        accumulate: Callable[[Expr, Beside | None], emit.Accumulators],
+        target: Callable[[Expr], Place],
+        channels: int,
+        first: Expr,
+        last: Expr,
+    ) -> None:
+        """The tiles ``first .. last``, each one's epilogue as a loop after its steps."""
+        waiting = _Waiting(self.store, self.plan, channels, self.plan.pixels)
+        with T.serial(first, last) as unit:
+            waiting.keep(accumulate(unit, None))
+            waiting.finish_all(target(unit))
+        waiting.scratch.release()
 
     def _place(self, unit: Expr) -> _Place:
         """Image, row and column of a tile's first pixel; a last tile that would not fit starts earlier."""

@@ -113,13 +113,15 @@ class TileStore:
         self.scale = scale
         self.y, self.multiplier, self.residual = y, multiplier, residual
         epilogue = workload.epilogue
-        self.late = epilogue.activation
-        if self.late is not None and self.late.name not in LONG:
-            self.late = None
+        is_long = epilogue.activation is not None and epilogue.activation.name in LONG
+        # Sums in integers wait in a Scratch for a loop over a few pixels, floats in y.
+        self.waits = is_long and workload.x.dtype == "uint8"
+        self.late = epilogue.activation if is_long and not self.waits else None
         self.epilogue = epilogue
         if self.late is not None:
             self.epilogue = dataclasses.replace(epilogue, activation=None)
-        self.packs = epilogue.requantize is not None and bool(isa.pack_words)
+        # One pixel's activation at a time: four vectors' wait for each other, and the steps beside them for registers.
+        self.packs = epilogue.requantize is not None and bool(isa.pack_words) and not self.waits
 
     def together(self, pixels: int, channels: int, steps: int) -> int:
         """Pixels whose epilogue goes beside one step of the next tile, so that ``steps`` are enough: whole packs."""
@@ -215,7 +217,7 @@ class TileStore:
         total = bind(emit.slice_lanes(get(pixel, vector), start, lanes, self.isa.lanes))
         other = self._load_residual(pixel, channel, lanes, place)
         dtype = self.workload.y.dtype
-        value = apply_epilogue(self.epilogue, total, lanes, multiplier, other, dtype)
+        value = apply_epilogue(self.epilogue, total, lanes, multiplier, other, dtype, self.isa)
         emit.store(self.y, self._y_index(pixel, channel, place), value)
 
     def _activate(self, activation: Activation, first: Expr, pixels: int, place: Place) -> None:
@@ -225,4 +227,4 @@ class TileStore:
                 for channel, lanes in emit.pieces(min(self.isa.lanes, place.channels - start)):
                     index = bind(self._y_index(first + p, start + channel, place))
                     value = emit.load(self.y, index, lanes)
-                    emit.store(self.y, index, apply_activation(activation, value, lanes))
+                    emit.store(self.y, index, apply_activation(activation, value, lanes, self.isa))

@@ -33,10 +33,48 @@ PACKED_VECTORS = 4  # int32 vectors that become one of bytes
 
 def round_and_clamp(requantize: Requantize | QuantizedAdd, value: Expr, lanes: int) -> Expr:
     """``zero_point + rint(clamp(value, qmin - zero_point, qmax - zero_point))`` of a float32 value, as int32."""
-    low = requantize.qmin - requantize.zero_point
-    high = requantize.qmax - requantize.zero_point
-    rounded = round_to_int(clamp(value, low, high, lanes), lanes)
+    rounded = _round_clamped(requantize, value, lanes)
     return rounded + constant("int32", requantize.zero_point, lanes)
+
+
+def _round_clamped(
+    bounds: Requantize | QuantizedAdd, value: Expr, lanes: int, rounding: str = "llvm.lrint"
+) -> Expr:
+    low, high = bounds.qmin - bounds.zero_point, bounds.qmax - bounds.zero_point
+    return round_to_int(clamp(value, low, high, lanes), lanes, rounding)
+
+
+def _fence(value: Expr, lanes: int) -> Expr:
+    """The value as it is rounded: nothing before it is contracted or folded with what follows."""
+    return intrinsic(vector("float32", lanes), "llvm.arithmetic.fence", value)
+
+
+def _dequantized(
+    epilogue: Epilogue,
+    accumulator: Expr,
+    multiplier: Expr,
+    residual: Expr | None,
+    lanes: int,
+    isa: Isa | None,
+) -> Expr:
+    """``activation(float32(accumulator) * multiplier + residual)``."""
+    v = _fence(to_float(accumulator, lanes) * multiplier, lanes)
+    if residual is not None:
+        v = v + residual
+    return apply_activation(epilogue.activation, v, lanes, isa)
+
+
+def _quantized(
+    epilogue: Epilogue,
+    accumulator: Expr,
+    multiplier: Expr,
+    residual: Expr | None,
+    lanes: int,
+    isa: Isa | None,
+) -> Expr:
+    """That over the scale of the bytes that it becomes."""
+    v = _dequantized(epilogue, accumulator, multiplier, residual, lanes, isa)
+    return _fence(v, lanes) * constant("float32", epilogue.inverse_scale, lanes)
 
 
 def _round_below(
@@ -143,6 +181,9 @@ def before_pack(
     """An int32 vector of which ``pack_words`` and ``pack_bytes`` make the epilogue's bytes; the residual is the raw vector."""
     first, add = epilogue.requantize, epilogue.residual_add
     assert first is not None
+    if epilogue.inverse_scale:
+        scaled = _quantized(epilogue, accumulator, multiplier, residual, isa.lanes, isa)
+        return _round_clamped(first, scaled, isa.lanes, isa.round_intrinsic)
     if add is None and first.fits:
         scaled = to_float(accumulator, isa.lanes) * multiplier
         return round_to_int(scaled, isa.lanes, isa.round_intrinsic)
@@ -206,20 +247,22 @@ def apply_epilogue(
     multiplier: Expr | None = None,
     residual: Expr | None = None,
     out_dtype: str = "float32",
+    isa: Isa | None = None,
 ) -> Expr:
     """Turn ``lanes`` accumulators, the bias already in them, into the elements to store, of ``out_dtype``.
 
     ``accumulator`` is int32 where ``multiplier`` (float32, one a lane) is given, else float32. ``residual`` is the raw
-    vector of the residual tensor, where the epilogue takes one. Emits bindings: call it inside an open builder.
+    vector of the residual tensor, where the epilogue takes one. ``isa`` as in ``apply_activation``. Emits bindings: call it
+    inside an open builder.
     """
     if multiplier is None:
         v = accumulator if residual is None else accumulator + residual
-        return apply_activation(epilogue.activation, v, lanes)
+        return apply_activation(epilogue.activation, v, lanes, isa)
     if epilogue.requantize is None:
-        v = to_float(accumulator, lanes) * multiplier
-        if residual is not None:
-            v = intrinsic(vector("float32", lanes), "llvm.arithmetic.fence", v) + residual
-        return apply_activation(epilogue.activation, v, lanes)
+        return _dequantized(epilogue, accumulator, multiplier, residual, lanes, isa)
+    if epilogue.inverse_scale:
+        scaled = _quantized(epilogue, accumulator, multiplier, residual, lanes, isa)
+        return T.cast(round_and_clamp(epilogue.requantize, scaled, lanes), vector(out_dtype, lanes))
     q = requantize(epilogue.requantize, accumulator, multiplier, lanes)
     if epilogue.residual_add is not None and residual is not None:
         b = T.cast(residual, vector("int32", lanes))

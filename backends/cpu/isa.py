@@ -53,6 +53,7 @@ class Isa:
     matrix_intrinsic: str = ""  # 2 x 8 uint8 by 8 x 2 int8, added to 2 x 2 int32
     by_element: bool = False  # multiply-adds take a lane of a vector as it is: a load serves ``lanes`` steps of a pixel
     packs_two: bool = True  # pack_words and pack_bytes take two vectors, or one
+    lookup: str = ""  # picks elements of a vector of 16 float32 by the low bits of int32; empty where no one instruction does
     round_intrinsic: str = "llvm.lrint"  # float32 to int32, half to even
     pipes: int = 2  # vector multiplies a cycle
     latency: float = 5.0  # cycles from an accumulator to itself

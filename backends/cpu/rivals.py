@@ -53,7 +53,9 @@ def rivals(workload: Conv2d, sums_fit: bool) -> Rivals:
     """Both forms of an integer layer, without the numbers of its calibration."""
     int8 = tuned_form(workload)
     requantize, add = int8.epilogue.requantize, int8.epilogue.residual_add
-    activation = int8.epilogue.activation if requantize is None else Activation("relu")
+    activation = int8.epilogue.activation
+    if requantize is not None and activation is None:
+        activation = Activation("relu")
     x, y = _as_float(int8.x), _as_float(int8.y)
     layer = dataclasses.replace(
         int8, x=x, y=y, epilogue=Epilogue(activation=activation), residual=None

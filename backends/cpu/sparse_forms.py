@@ -74,7 +74,7 @@ def dense_cycles(workload: Conv2d, weight: Array, isa: Isa, threads: int) -> flo
 def rounds_in_range(workload: Conv2d, weight: Array, bias: Array | None, scale: Array) -> Conv2d:
     """With ``Requantize.fits`` set where no sum of bytes times these weights, scaled, leaves int32."""
     requantize = workload.epilogue.requantize
-    if requantize is None:
+    if requantize is None or workload.epilogue.inverse_scale:
         return workload
     start = np.abs(folded_bias(workload, weight, bias).astype(np.float64))
     rows = np.abs(weight.astype(np.float64)).reshape(weight.shape[0], -1)

@@ -165,12 +165,15 @@ class Epilogue:
     ``residual_add`` is set (the layer's own q is operand a, the residual tensor operand b).
     Integer accumulators, ``requantize`` None: ``v = float32(acc + bias) * multiplier``, else ``v = acc + bias``; then
     ``v = v + residual``, rounded by itself, where ``float_residual``; then ``activation``; float32 out.
+    Integer accumulators, ``requantize`` and ``inverse_scale``: that v, quantized as a ``Convert`` would,
+    ``q = requantize(v * inverse_scale)``.
     """
 
     requantize: Requantize | None = None
     residual_add: QuantizedAdd | None = None
     float_residual: bool = False
     activation: Activation | None = None
+    inverse_scale: float = 0.0  # 0: ``requantize`` takes the sums
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.backends.cpu.workload import Layout
-from graphopt.backends.lower import attention, convolution, elementwise
+from graphopt.backends.lower import attention, convolution, elementwise, quantizing
 from graphopt.backends.lower.elementwise import AddStep, ConvertStep, MulStep
 from graphopt.backends.lower.slices import concatenations, place_in_slices
 from graphopt.backends.lower.step import (
@@ -31,7 +31,7 @@ from graphopt.program import Program
 
 Selector = Callable[[fx.Node], Step | None]
 SELECTORS: tuple[Selector, ...] = (
-    convolution.select_integer,
+    quantizing.select_integer,
     convolution.select_float,
     elementwise.select_integer,
     elementwise.select_concat,

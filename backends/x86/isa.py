@@ -26,6 +26,7 @@ ISAS: dict[str, Isa] = {
             fma=True,
             pack_words="llvm.x86.avx512.packssdw.512",
             pack_bytes="llvm.x86.avx512.packuswb.512",
+            lookup="llvm.x86.avx512.permvar.sf.512",
             l2_bytes=1024 * 1024,
         ),
         Isa(
@@ -58,6 +59,7 @@ ISAS: dict[str, Isa] = {
             fma=True,
             pack_words="llvm.x86.avx512.packssdw.512",
             pack_bytes="llvm.x86.avx512.packuswb.512",
+            lookup="llvm.x86.avx512.permvar.sf.512",
             l2_bytes=1024 * 1024,
         ),
         Isa(
