@@ -92,6 +92,15 @@ def test_a_pruned_case(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert peers[0] == peers[1]
 
 
+def test_weights_have_few_values(pack: ModuleType) -> None:
+    network = pack.coarse(_Net())
+    for layer in (network.blocks[0], network.blocks[2], network.head):
+        for channel in layer.weight.detach():
+            levels = channel / channel.abs().max() * 7
+            assert (levels - levels.round()).abs().max() < 1e-5
+            assert len(levels.round().unique()) > 2
+
+
 def test_images_repeat(suite: ModuleType) -> None:
     pixels = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1)
     batch = suite.images(pixels, 5)
