@@ -6,6 +6,7 @@ Pointers are ``T.address_of`` an element.
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
@@ -15,6 +16,7 @@ from graphopt.backends.cuda.products import Product
 
 Kernel = PrimFunc
 
+_SHIFT, _SHIFT_BITS = 1.5 * 2.0**23, 0x4B400000  # a float32 and its bits
 _COPY_TYPES = {2: "ushort", 4: "uint", 8: "uint2", 16: "uint4"}
 
 
@@ -165,8 +167,13 @@ def dot(x: Expr, weights: Expr, accumulator: Expr, dtype: str) -> Expr:
 
 
 def round_to_int(value: Expr) -> Expr:
-    """Half to even; the value must fit int32."""
-    return T.call_pure_extern("int32", "__float2int_rn", value)
+    """Half to even, as int32; the value's magnitude must be below 2**22.
+
+    A sum with 1.5 * 2**23 has no bits behind the point, and the integer in its low bits: an addition runs at full rate, a
+    conversion does not.
+    """
+    shifted = T.reinterpret("int32", value + tirx.const(_SHIFT, "float32"))
+    return shifted - tirx.const(_SHIFT_BITS, "int32")
 
 
 def multiply_float(a: Expr, b: Expr) -> Expr:

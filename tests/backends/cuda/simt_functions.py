@@ -63,8 +63,6 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
     """The value of a call, or its effect on the grid's memory."""
     if name in _ELEMENTWISE:
         return _ELEMENTWISE[name](*values)
-    if name == "__float2int_rn":
-        return np.rint(values[0]).astype(np.int64).astype(np.int32)
     if name in ("graphopt_dot_u8", "graphopt_dot_s8"):
         return _dot(grid, "uint8" if name.endswith("u8") else "int8", *values)
     if name.startswith("graphopt_mma_"):
