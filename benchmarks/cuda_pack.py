@@ -38,7 +38,7 @@ DISTINCT = 4  # images of a batch; the others repeat them
 _ROOT = Path(__file__).resolve().parents[1]
 LEVELS = 7  # of a weight, on either side of 0
 _UNUSED = (
-    *("__pycache__", "*.pyi", "libtvm_ffi_testing.so"),
+    *("__pycache__", "*.pyi"),
     *("3rdparty", "cython", "include", "share", "src", "CMakeLists.txt"),
 )
 _SESSION = ("*.py", "backends/*.py", "backends/cuda/__init__.py", "backends/cuda/toolkit.py")
