@@ -20,7 +20,7 @@ from graphopt.modes import is_training
 from graphopt.precision import FLOAT32, check_precision
 from graphopt.preparation import prepare, thread_count
 from graphopt.program import Program
-from graphopt.signature import input_specs, output_specs, output_structure
+from graphopt.signature import check_signature, input_specs, output_specs, output_structure
 
 if TYPE_CHECKING:
     from graphopt.backends.cpu.conv_plan import ConvChoice
@@ -88,6 +88,7 @@ def compile(
     count = thread_count(threads)
     if is_training(program.graph):
         raise CompileError("the program is in training mode; call program.eval() before compile")
+    check_signature(program)
     if row.kind == "cuda":
         return _for_gpu(program, row, count, precision, tune is not None or tuning is not None)
     if tune is None and tuning is None:

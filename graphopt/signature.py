@@ -48,6 +48,13 @@ def output_specs(program: Program) -> tuple[TensorSpec, ...]:
     return tuple(_spec(leaf, program) for leaf in leaves if isinstance(leaf, torch.fx.Node))
 
 
+def check_signature(program: Program) -> None:
+    """Raise CompileError for inputs and outputs that no manifest holds."""
+    input_specs(program, frozenset())
+    output_specs(program)
+    output_structure(program)
+
+
 def output_structure(program: Program) -> Any:
     """The output's nesting as the manifest writes it: an index for a tensor, containers around it."""
     leaves = pytree.tree_leaves(program.output.args[0])
