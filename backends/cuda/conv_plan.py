@@ -15,8 +15,8 @@ from graphopt.backends.cuda.memory import WIDEST
 from graphopt.backends.cuda.products import Product, item_bytes, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
-# tiles in shared memory: one is read, the others are on their way; the fourth where all may be declared statically
-_STAGES = (3, 4)
+# tiles in shared memory: one is read, the others are on their way; more than three where all may be declared statically
+_STAGES = (3, 8)
 _STATIC_BYTES = 48 * 1024
 STAGING_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 GROUP = 4  # bytes
@@ -27,6 +27,9 @@ _MOST_WINDOWS = 8  # of a thread, three registers each
 _SHARED_RATE = 128  # bytes a cycle of a multiprocessor: 32 banks of four
 _LOAD_RATE = 32  # bytes a cycle from the L2 cache, a sector: about what every multiprocessor gets when all of them load
 _LATENCY = 700  # cycles of a load from memory
+_STEP_CYCLES = (
+    128  # of a barrier, fragments and the products that wait for them, where a warp has no others
+)
 _REGISTERS = 65536  # of a multiprocessor
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 _OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
@@ -215,7 +218,7 @@ def cycles(plan: ConvPlan, arch: Arch) -> float:
     rounding = tile.rows * tile.columns * _OUTPUT_CYCLES
 
     def together(count: int) -> float:
-        step = max(count * work, _LATENCY / (tile.stages - 1))
+        step = max(count * work, _LATENCY / (tile.stages - 1), _STEP_CYCLES)
         return _LATENCY / held + plan.steps * step + count * rounding if count else 0
 
     rounds, rest = divmod(math.ceil(blocks / arch.multiprocessors), held)
