@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from graphopt.backends.cuda.conv_pack import (
     pack_dot,
     pack_float_conv,
 )
-from graphopt.backends.cuda.conv_plan import fits, plan_conv
+from graphopt.backends.cuda.conv_plan import GROUP, fits, plan_conv
 from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
 from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
 from graphopt.backends.cuda.float_conv import float_conv, pack_float
@@ -28,8 +29,8 @@ from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
 from graphopt.backends.cuda.products import PRODUCTS, product_of
 from graphopt.backends.cuda.sparse_conv import sparse_conv
-from graphopt.backends.cuda.sparse_pack import pack_sparse
-from graphopt.backends.cuda.sparse_plan import choose_sparse
+from graphopt.backends.cuda.sparse_pack import KEPT, pack_sparse
+from graphopt.backends.cuda.sparse_plan import sparse_form
 from graphopt.backends.lower import convolution, elementwise
 from graphopt.backends.lower.convolution import BatchNormStep, ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
@@ -114,12 +115,19 @@ class CudaKernels(KernelSource):
             packed = pack_dot(*constants, zero_point, workload.groups)
             return _kernel(dot_conv(workload), tuple(packed), workload.macs, "dp4a")
         plan = plan_conv(workload, self.arch)
-        sparse = choose_sparse(plan, weight, self.arch)
-        if sparse is not None:
-            packed = pack_sparse(sparse, *constants)
-            return _kernel(sparse_conv(sparse, self.arch), tuple(packed), workload.macs, "mma.sp")
-        packed = pack_conv(plan, *constants)
-        return _kernel(conv(plan, self.arch), tuple(packed), workload.macs, "mma")
+        sparse = sparse_form(plan, weight, self.arch)
+        if sparse is not None and sparse.pays:
+            function, packed = (
+                sparse_conv(sparse.plan, self.arch),
+                pack_sparse(sparse.plan, *constants),
+            )
+            kernel = _kernel(function, tuple(packed), workload.macs, "mma.sp")
+        else:
+            function, packed = conv(plan, self.arch), pack_conv(plan, *constants)
+            kernel = _kernel(function, tuple(packed), workload.macs, "mma")
+        if sparse is None:
+            return kernel
+        return replace(kernel, density=KEPT / GROUP, sparse_gain=sparse.gain)
 
     def _float_convolution(
         self, workload: Conv2d, weight: Array, bias: Array | None, statistics: bool

@@ -96,17 +96,21 @@ def plan_sparse(workload: Conv2d, arch: Arch, tile: SparseTile | None = None) ->
     return min(found, key=lambda plan: cycles(plan, arch))
 
 
-def sparse_gain(dense: ConvPlan, sparse: ConvPlan, arch: Arch) -> float:
-    """The dense form's estimated time over the sparse one's."""
-    return _time(dense, arch) / _time(sparse, arch)
+@dataclass(frozen=True)
+class SparseForm:
+    """The sparse form of a layer; ``gain`` is the dense form's estimated time over its own."""
+
+    plan: ConvPlan
+    gain: float
+
+    @property
+    def pays(self) -> bool:
+        return _GAIN * self.gain > 1
 
 
-def choose_sparse(dense: ConvPlan, weight: Array, arch: Arch) -> ConvPlan | None:
-    """How to cut the layer of a dense plan for sparse tensor cores, or None where it stays dense.
-
-    That is on chips without them, of weights (OIHW) that are not 2:4, and where little is gained.
-    """
+def sparse_form(dense: ConvPlan, weight: Array, arch: Arch) -> SparseForm | None:
+    """That of the layer of a dense plan; None on chips without such tensor cores, and of a weight (OIHW) that is not 2:4."""
     if not arch.sparse or not is_two_of_four(weight):
         return None
     plan = plan_sparse(dense.workload, arch)
-    return plan if _GAIN * sparse_gain(dense, plan, arch) > 1 else None
+    return SparseForm(plan, _time(dense, arch) / _time(plan, arch))

@@ -359,8 +359,8 @@ class _Emitter:
                 dtype=element,
                 macs=kernel.macs or None,
                 form=kernel.form,
-                density=forms.density if forms is not None and kernel.form else None,
-                sparse_gain=forms.gain if forms is not None and kernel.form else None,
+                density=forms.density if forms is not None and kernel.form else kernel.density,
+                sparse_gain=forms.gain if forms is not None and kernel.form else kernel.sparse_gain,
             )
         )
         torch_dtype = getattr(torch, dtype)

@@ -101,7 +101,8 @@ class Kernel:
     """A step as code: a TIR function, its constant arguments, and what it counts as in a benchmark.
 
     ``tunable`` is its workload, where tuning has other choices for it. The first constant is what ``load_transform``
-    makes of the stored one, where there is one. ``form`` is the algorithm of a layer that has several.
+    makes of the stored one, where there is one. ``form`` is the algorithm of a layer that has several; ``density`` and
+    ``sparse_gain`` are those of ``manifest.Kernel`` where no plan of orders has compared the layer's forms.
     """
 
     name: str
@@ -111,6 +112,8 @@ class Kernel:
     tunable: Conv2d | None = None
     load_transform: LoadTransform | None = None
     form: str = ""
+    density: float | None = None
+    sparse_gain: float | None = None
 
 
 class Step(ABC):

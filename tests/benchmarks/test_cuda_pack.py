@@ -85,8 +85,9 @@ def test_a_pruned_case(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
         file = tmp_path / "model.gopt"
         file.write_bytes(lzma.decompress((tmp_path / name / "model.gopt.xz").read_bytes()))
         kernels = go.Artifact.load(file).manifest.kernels
-        forms[name] = [kernel.form for kernel in kernels if kernel.form]
-    assert forms == {"deep": ["mma", "mma"], "deep-2of4": ["mma", "mma.sp"]}
+        forms[name] = [(kernel.form, kernel.density) for kernel in kernels if kernel.form]
+    assert forms["deep"] == [("mma", None), ("mma", None)]
+    assert forms["deep-2of4"] == [("mma", None), ("mma.sp", 0.5)]
     # PyTorch's float16 is timed on the same layers, without masks
     peers = [(tmp_path / name / "peer.py").read_text() for name in forms]
     assert peers[0] == peers[1]

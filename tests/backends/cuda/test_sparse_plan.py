@@ -9,13 +9,13 @@ import pytest
 
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.backends.cuda.arch import ARCHS, Arch
-from graphopt.backends.cuda.conv_plan import ConvPlan, bounds, plan_conv
+from graphopt.backends.cuda.conv_plan import bounds, plan_conv
 from graphopt.backends.cuda.sparse_plan import (
     TILES,
+    SparseForm,
     SparseTile,
-    choose_sparse,
     plan_sparse,
-    sparse_gain,
+    sparse_form,
 )
 from tests.backends.cuda.harness import AMPERE, conv_workload
 from tests.backends.cuda.sparse_harness import prune
@@ -24,48 +24,51 @@ POINT: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0)}
 DEEP = conv_workload((512, 512), size=(28, 28), batch=32)
 
 
-def _chosen(workload: Conv2d, arch: Arch = AMPERE, most: int = 2) -> ConvPlan | None:
+def _form(workload: Conv2d, arch: Arch = AMPERE, most: int = 2) -> SparseForm | None:
     rng = np.random.default_rng(0)
     weight = np.ones((workload.y.channels, workload.x.channels, *workload.kernel), np.int8)
-    return choose_sparse(plan_conv(workload, arch), prune(weight, rng, most), arch)
+    return sparse_form(plan_conv(workload, arch), prune(weight, rng, most), arch)
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90"])
 def test_a_deep_layer_is_sparse(name: str) -> None:
-    arch = ARCHS[name]
-    plan = _chosen(DEEP, arch)
-    assert plan is not None
-    assert isinstance(plan.tile, SparseTile)
-    assert 1.2 < sparse_gain(plan_conv(DEEP, arch), plan, arch) < 2
+    form = _form(DEEP, ARCHS[name])
+    assert form is not None
+    assert form.pays
+    assert isinstance(form.plan.tile, SparseTile)
+    assert 1.2 < form.gain < 2
 
 
 def test_turing_has_no_sparse_tensor_cores() -> None:
-    assert _chosen(DEEP, ARCHS["sm_75"]) is None
+    assert _form(DEEP, ARCHS["sm_75"]) is None
 
 
 def test_weights_that_are_not_pruned_so() -> None:
-    assert _chosen(DEEP, most=3) is None
+    assert _form(DEEP, most=3) is None
 
 
 @pytest.mark.parametrize(
     "workload",
     [
         conv_workload((64, 256), size=(56, 56), batch=32, residual=True, **POINT),
-        conv_workload((512, 512), size=(7, 7), batch=1),
+        conv_workload((128, 128), size=(7, 7), batch=1),
         conv_workload((8, 16), size=(16, 16), batch=1, **POINT),
     ],
     ids=["waits for memory", "few blocks", "over in no time"],
 )
 def test_layers_that_gain_nothing_stay_dense(workload: Conv2d) -> None:
-    assert _chosen(workload) is None
+    form = _form(workload)
+    assert form is not None
+    assert not form.pays
 
 
 def test_a_deeper_layer_gains_more() -> None:
     gains = []
     for channels in (16, 64, 256, 1024):
         workload = conv_workload((channels, 512), size=(28, 28), batch=32)
-        dense, sparse = plan_conv(workload, AMPERE), plan_sparse(workload, AMPERE)
-        gains.append(sparse_gain(dense, sparse, AMPERE))
+        form = _form(workload)
+        assert form is not None
+        gains.append(form.gain)
     assert gains == sorted(gains)
     assert gains[0] < gains[-1] < 2
 
