@@ -12,6 +12,7 @@ and loading one from a stranger is running a stranger's program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -39,19 +40,27 @@ _HASHED = (_LIBRARY, _WEIGHTS, _KERNELS)
 _LARGEST_LIBRARY = 1 << 30  # what a deflated member may grow to
 
 
+def deflate(code: bytes) -> bytes:
+    """Code as it lies in the file."""
+    return zlib.compress(code, level=9)
+
+
+_NOTHING = deflate(b"")
+
+
 @dataclass(frozen=True, eq=False)
 class Artifact:
     """A compiled model in memory; ``program`` is the one that was compiled, ``report`` says how.
 
-    ``weights`` follow the inputs as arguments of ``manifest.entry`` in ``library``, in order. ``kernels`` is the object file of
-    the functions that ``manifest.line`` calls.
+    ``weights`` follow the inputs as arguments of ``manifest.entry`` in ``library``, in order. ``deflated_kernels`` is
+    ``kernels`` as ``deflate`` writes it.
     ``program`` and ``report`` are not saved (``manifest.report`` is).
     """
 
     manifest: Manifest
     library: bytes = dataclasses.field(repr=False)
     weights: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
-    kernels: bytes = dataclasses.field(default=b"", repr=False)
+    deflated_kernels: bytes = dataclasses.field(default=_NOTHING, repr=False)
     program: Any = dataclasses.field(default=None, repr=False)
     report: Any = dataclasses.field(default=None, repr=False)
 
@@ -59,12 +68,23 @@ class Artifact:
         if tuple(self.weights) != self.manifest.weights:
             raise ArtifactError("the weights are not those that the manifest names, in its order")
 
+    @functools.cached_property
+    def kernels(self) -> bytes:
+        """The object file of the functions that ``manifest.line`` calls; inflated here, for a session does without.
+
+        Raises ArtifactError.
+        """
+        try:
+            return _inflated(_KERNELS, self.deflated_kernels)
+        except container.ContainerError as error:
+            raise ArtifactError(f"the model is refused: {error}; compile it again") from error
+
     def members(self) -> dict[str, bytes]:
         """Return the members of the file by name; equal artifacts give equal bytes."""
         try:
             body = {
-                _LIBRARY: zlib.compress(self.library, level=9),
-                _KERNELS: zlib.compress(self.kernels, level=9),
+                _LIBRARY: deflate(self.library),
+                _KERNELS: self.deflated_kernels,
                 _WEIGHTS: weights_file.encode(self.weights),
             }
         except weights_file.WeightsError as error:
@@ -95,7 +115,7 @@ class Artifact:
         ``cuda_graphs`` is for models of GPUs; see ``CudaSession``. Raises ``TargetError`` where this CPU lacks features the code uses.
         """
         check_cpu(self.manifest, "the artifact")
-        if "device" in self.manifest.report:  # a GPU's: see GpuReport
+        if self.manifest.gpu:
             from graphopt.cuda_session import CudaSession
 
             return CudaSession(self, threads, cuda_graphs)
@@ -160,7 +180,7 @@ def _check_hash(name: str, data: memoryview, recorded: Any) -> None:
         raise container.ContainerError(f"member {name!r} does not have the hash in the manifest")
 
 
-def _inflated(name: str, data: memoryview) -> bytes:
+def _inflated(name: str, data: bytes | memoryview) -> bytes:
     stream = zlib.decompressobj()
     try:
         code = stream.decompress(data, _LARGEST_LIBRARY)
@@ -200,7 +220,7 @@ def read_artifact(path: str | os.PathLike[str], any_cpu: bool = False) -> Artifa
     if not any_cpu:
         check_cpu(manifest, str(path))
     try:
-        library, kernels = (_inflated(name, members[name]) for name in (_LIBRARY, _KERNELS))
+        library = _inflated(_LIBRARY, members[_LIBRARY])
         weights = weights_file.decode(members[_WEIGHTS])
     except container.ContainerError as error:
         raise ArtifactError(f"{path} is refused: {error}") from error
@@ -209,7 +229,7 @@ def read_artifact(path: str | os.PathLike[str], any_cpu: bool = False) -> Artifa
     if tuple(weights) != manifest.weights:
         raise ArtifactError(f"{path} is refused: {_WEIGHTS} holds not the manifest's weights")
     _LOG.debug("%s: %s, %d weights", path, manifest.target, len(weights))
-    return Artifact(manifest, library, weights, kernels)
+    return Artifact(manifest, library, weights, bytes(members[_KERNELS]))
 
 
 def load(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from graphopt.artifact import Artifact
+from graphopt.artifact import Artifact, deflate
 from graphopt.backends.targets import Target, resolve
 from graphopt.errors import CompileError
 from graphopt.manifest import Manifest, Peak, TensorSpec
@@ -178,7 +178,7 @@ class _Compiler:
             report=report.to_json(),
             versions=versions(),
         )
-        return Artifact(manifest, built.library, weights, built.kernels, program, report)
+        return Artifact(manifest, built.library, weights, deflate(built.kernels), program, report)
 
     def _timed(self, stage: str, work: Any) -> Any:
         started = time.perf_counter()

@@ -179,7 +179,7 @@ class CudaSession(Session):
     def __init__(
         self, artifact: Compiled, threads: int | None = None, cuda_graphs: bool = True
     ) -> None:
-        self._arch = str(artifact.manifest.report["device"]["arch"])
+        self._arch = artifact.manifest.gpu
         load_runtime()
         check_device(self._arch, "the artifact")
         self._device = Device("cuda")

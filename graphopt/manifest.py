@@ -18,7 +18,7 @@ from graphopt import straight_line
 from graphopt.straight_line import UNRECORDED, StraightLine
 from graphopt.weights_file import ALIGNMENT
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class ManifestError(ValueError):
@@ -102,7 +102,7 @@ class Manifest:
 
     Where ``image_by_image``, ``entry`` takes one image (dimension 0 of every input is 1) and gives its rows of every
     output: it is run for each image of a batch, the rows stacked in order. ``line`` is what ``entry`` does, for hosts that
-    call the kernels themselves.
+    call the kernels themselves. ``gpu`` is the architecture that the kernels are for ("sm_80"); without one, the CPU runs them.
     """
 
     target: str
@@ -116,6 +116,7 @@ class Manifest:
     entry: str = "main"
     threads: int = 1
     image_by_image: bool = False
+    gpu: str = ""
     kernels: tuple[Kernel, ...] = ()
     line: StraightLine = UNRECORDED
     peaks: tuple[Peak, ...] = ()

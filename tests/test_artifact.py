@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from graphopt import artifact as artifact_module
 from graphopt import container, weights_file
-from graphopt.artifact import Artifact, check_writable, read_artifact
+from graphopt.artifact import Artifact, check_writable, deflate, read_artifact
 from graphopt.errors import ArtifactError, TargetError
 from graphopt.files import atomic_write
 from graphopt.manifest import Dim, Kernel, Manifest, Peak, TensorSpec
@@ -35,7 +35,8 @@ def _artifact(library: bytes = b"\x7fELF not really", **changes: Any) -> Artifac
         "empty": np.zeros((0, 5), np.int32),
         "flags": np.array([True, False]),
     }
-    return Artifact(compiled.manifest(weights=tuple(weights), **changes), library, weights)
+    manifest = compiled.manifest(weights=tuple(weights), **changes)
+    return Artifact(manifest, library, weights, deflate(b"object"))
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def test_a_saved_artifact_loads_equal(saved: Path) -> None:
     original, loaded = _artifact(), Artifact.load(saved)
     assert loaded.manifest == original.manifest
     assert loaded.library == original.library
+    assert loaded.kernels == original.kernels == b"object"
     assert list(loaded.weights) == list(original.weights)
     for name, weight in original.weights.items():
         assert loaded.weights[name].dtype == weight.dtype
@@ -93,6 +95,7 @@ def test_every_field_of_the_manifest_survives(tmp_path: Path) -> None:
         "versions": {"apache-tvm": "0.27.0.post1"},
         "output_structure": {"dict": [["a", 0], ["b", {"list": [1, {"value": None}]}]]},
         "threads": 2,
+        "gpu": "sm_80",
         "line": StraightLine(tensors=(Tensor("input", 0, 0, "int8", (2,)),), outputs=(0,)),
     }
     original = _artifact(**changes)
@@ -251,13 +254,21 @@ def test_code_that_does_not_inflate_is_refused(
     body["members"][member] = {"sha256": hashlib.sha256(code).hexdigest(), "size": len(code)}
     manifest = json.dumps(body).encode()
     _write(saved, {**members, "manifest.json": manifest, member: code})
-    assert _refusal(saved) == f"member {member!r} {reason}"
+    if member == "model.so.zlib":
+        assert _refusal(saved) == f"member {member!r} {reason}"
+        return
+    loaded = Artifact.load(saved)  # its bytes are checked, and no session needs them
+    with pytest.raises(ArtifactError) as caught:
+        _ = loaded.kernels
+    assert str(caught.value) == (
+        f"the model is refused: member {member!r} {reason}; compile it again"
+    )
 
 
 def test_another_format_version_is_refused_by_name(saved: Path) -> None:
     _edit_manifest(saved, lambda body: body.update(format_version=1))
     assert _refusal(saved) == (
-        "manifest.json: it has format version 1 and this graphopt reads 4; "
+        "manifest.json: it has format version 1 and this graphopt reads 5; "
         "compile the model again, or use the graphopt that made it"
     )
 

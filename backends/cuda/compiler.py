@@ -86,6 +86,7 @@ class GpuCompiler:
             output_structure=output_structure(program),
             weights=tuple(weights),
             threads=self.threads,
+            gpu=self.arch.name,
             kernels=tuple(lowered.calls),
             history=tuple(record.to_json() for record in program.history),
             stats=self.source.stats().to_json(),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graphopt import elf
-from graphopt.artifact import Artifact
+from graphopt.artifact import Artifact, deflate
 from graphopt.errors import ExportError
 from graphopt.export import export_c
 from graphopt.export.cpu import cpu_values
@@ -197,9 +197,12 @@ def test_an_artifact_without_an_object_file_is_refused(single: Artifact, tmp_pat
     with pytest.raises(
         ExportError, match=r"^the model is compiled for .*, whose kernels are in no ELF"
     ):
-        export_c(dataclasses.replace(single, kernels=b""), tmp_path / "net")
+        export_c(dataclasses.replace(single, deflated_kernels=deflate(b"")), tmp_path / "net")
     with pytest.raises(ExportError) as caught:
-        export_c(dataclasses.replace(single, kernels=single.kernels[:-1]), tmp_path / "net")
+        export_c(
+            dataclasses.replace(single, deflated_kernels=deflate(single.kernels[:-1])),
+            tmp_path / "net",
+        )
     assert str(caught.value) == (
         "the object file in the model cannot be read: its section headers are cut off; compile the model again"
     )
@@ -207,7 +210,7 @@ def test_an_artifact_without_an_object_file_is_refused(single: Artifact, tmp_pat
         single.kernels, {"__tvm_ffi_" + single.manifest.line.calls[0].function: "x"}
     )
     with pytest.raises(ExportError, match=r"^operator '\w+' is a function of TVM's runtime"):
-        export_c(dataclasses.replace(single, kernels=other), tmp_path / "net")
+        export_c(dataclasses.replace(single, deflated_kernels=deflate(other)), tmp_path / "net")
 
 
 @pytest.mark.parametrize("name", ["", "Net", "9net", "net.1", "main", "math", "_net"])

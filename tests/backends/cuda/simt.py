@@ -303,7 +303,10 @@ class _Grid(Memory):
         return np.where(taken, first, second)
 
     def _reinterpret(self, node: Any) -> Any:
-        value = np.ascontiguousarray(self._expression(node.args[0]))
+        value = np.asarray(self._expression(node.args[0]))
+        if not value.ndim:  # the same for all threads
+            value = np.broadcast_to(value, (self.lanes,))
+        value = np.ascontiguousarray(value)
         element, _, lanes = _dtype(node).partition("x")
         rows = value.reshape(self.lanes, -1) if value.size % self.lanes == 0 else value
         result = np.ascontiguousarray(rows).view(np.dtype(element))

@@ -44,6 +44,7 @@ def test_source_goes_into_the_file_where_there_is_no_compiler(
     _without_nvcc(monkeypatch)
     artifact = go.compile(program, "h100")
     assert artifact.manifest.target == "sm_90"
+    assert artifact.manifest.gpu == "sm_90"
     assert artifact.manifest.report["device"] == {"arch": "sm_90", "code": "source"}
     assert [(k.operator, k.form) for k in artifact.manifest.kernels] == [
         ("graphopt.quantize", ""),
