@@ -387,7 +387,8 @@ def _multiplied(dtype: str, kernel: Kernel) -> str:
 def _origins(nodes: list[fx.Node]) -> list[str]:
     """The module paths (or else node names) of the user's model that a call came from."""
     names: dict[str, None] = {}
-    for node in nodes:
+    layers = [node for node in nodes if node.target is not aten.to.dtype]
+    for node in layers or nodes:
         stack = node.meta.get("nn_module_stack") or {}
         paths = [path for path, _ in stack.values() if path]
         names[paths[-1] if paths else node.name] = None

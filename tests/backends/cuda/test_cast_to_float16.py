@@ -250,6 +250,6 @@ def test_the_float_layer_of_an_integer_network() -> None:
     assert [n.target for n in integers] == [
         n.target for n in program.graph.nodes if "graphopt" in str(n.target)
     ]
-    assert result.graph_module.get_parameter("second.weight_quantized").dtype == HALF
+    assert result.graph_module.state_dict()["second.weight_quantized"].dtype == HALF
     # 72 products of operands with 11 bits each
     torch.testing.assert_close(result(x), program(x), rtol=0, atol=2 * 2**-11 * 3)
