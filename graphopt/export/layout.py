@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graphopt.errors import ExportError
+from graphopt.export.bounds import check_bounds
 from graphopt.manifest import Dim, TensorSpec
 from graphopt.straight_line import Call, Tensor
 
@@ -76,7 +77,11 @@ class Layout:
 
 
 def lay_out(artifact: Artifact) -> Layout:
-    """Give every tensor of the artifact's line its place. Raises ExportError where it is for no fixed sizes."""
+    """Give every tensor of the artifact's line its place.
+
+    Raises ExportError where it is for no fixed sizes, ArtifactError where a tensor is outside of its memory.
+    """
+    check_bounds(artifact)
     manifest, line = artifact.manifest, artifact.manifest.line
     layout = Layout(workspace=_rounded(line.workspace), batch=_batch(artifact))
     stored = _place_weights(layout, artifact)
