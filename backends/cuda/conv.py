@@ -18,6 +18,7 @@ from graphopt.backends.cpu.stream import Argument, kernel_name
 from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.conv_plan import STEP, ConvPlan
 from graphopt.backends.cuda.conv_store import ConvStore, Result
+from graphopt.backends.cuda.conv_sums import store_sums, sums_argument
 from graphopt.backends.cuda.conv_windows import BlockPlace, Windows
 from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS, Operand, sums_of
@@ -30,7 +31,8 @@ from graphopt.backends.cuda.stream import accumulators
 
 def conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
     """The kernel of packed constants: ``(x, weight, bias, multiplier, [residual], y)`` of integers (``pack_conv``),
-    ``(x, weight, bias, [residual], y)`` of floats (``pack_float_conv``).
+    ``(x, weight, bias, [residual], y)`` of floats (``pack_float_conv``), ``(x, weight, sums)`` of a part of the steps
+    (``conv_sums``).
     """
     workload, product = plan.workload, plan.product
     assert product.name in arch.products
@@ -39,11 +41,17 @@ def conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
         f"{y.height}x{y.width}x{x.channels}x{y.channels}_{workload.kernel[0]}x{workload.kernel[1]}"
     )
     plain = replace(workload, x=replace(x, fill=0), y=replace(y, fill=0))
-    name = kernel_name("cuda_conv", shape, (plain, plan.tile, product, arch.name))
+    name = kernel_name("cuda_conv", shape, (plain, plan.tile, plan.splits, product, arch.name))
     channels = plan.padded_channels
-    arguments = [
+    operands = [
         activation("x", x),
         Argument("weight", (channels * plan.steps * plan.step_elements,), product.weight),
+    ]
+    if plan.splits > 1:
+        arguments = [*operands, sums_argument(plan)]
+        return build(name, arguments, lambda batch, flats: _Block(plan, arch, batch, flats).emit())
+    arguments = [
+        *operands,
         Argument("bias", (channels,), product.sums),
         *([Argument("multiplier", (channels,), "float32")] if product.is_integer else []),
         *([] if workload.residual is None else [activation("residual", workload.residual)]),
@@ -64,20 +72,24 @@ class _Block:
 
     def emit(self) -> None:
         plan, tile = self.plan, self.tile
-        blocks = ceil_div(self.outputs, tile.rows) * plan.column_tiles
+        blocks = ceil_div(self.outputs, tile.rows) * plan.column_tiles * plan.splits
         with (
             T.launch_thread("blockIdx.x", blocks) as block,
             T.launch_thread("threadIdx.x", tile.threads) as thread,
         ):
-            self.column_tile = bind(tirx.floormod(block, plan.column_tiles))
-            first_output = bind(tirx.floordiv(block, plan.column_tiles) * tile.rows)
+            row_tile, self.column_tile, self.part = split(block, plan.column_tiles, plan.splits)
+            first_output = bind(row_tile * tile.rows)
             first_channel = bind(self.column_tile * tile.columns)
             self.place = BlockPlace(thread, first_output, first_channel, self.outputs)
             shared = block_memory(plan.shared_bytes)
             self.x_tile = SharedTile(shared, 0, tile.rows, STEP, tile.stages)
             self.w_tile = SharedTile(shared, self.x_tile.end, tile.columns, STEP, tile.stages)
             sums = self._main_loop()
-            ConvStore(plan, self.place, self.flats, shared).emit(self._results(sums))
+            results = self._results(sums)
+            if plan.splits > 1:
+                store_sums(plan, self.place, self.part, self.flats[-1], results)
+            else:
+                ConvStore(plan, self.place, self.flats, shared).emit(results)
 
     def _main_loop(self) -> Buffer:
         """The sums of products in the thread's registers."""
@@ -92,7 +104,11 @@ class _Block:
         b = Operand(device, self.w_tile, lane, warp_column, tile.warp_columns, False)
         x_tile, w_tile = self.x_tile, self.w_tile
 
+        steps = self.plan.steps // self.plan.splits
+        first_step = bind(self.part * steps)
+
         def copy(step: Expr, stage: Expr, wanted: Expr) -> None:
+            step = bind(first_step + step)
             windows.copy(step, stage, wanted)
             size = tile.columns * self.plan.step_elements
             source = bind((self.column_tile * self.plan.steps + step) * size)
@@ -110,7 +126,7 @@ class _Block:
                     device.multiply(product, c, a.fragment(i, half), b.fragment(j, half))
 
         parts = STEP // FRAGMENT_BYTES
-        pipeline(device, self.plan.steps, tile.stages, parts, copy, load, multiply)
+        pipeline(device, steps, tile.stages, parts, copy, load, multiply)
         return sums
 
     def _warp(self) -> tuple[Expr, Expr]:

@@ -7,11 +7,11 @@ channels of a tap in whole groups of four bytes where x lies so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.cuda.arch import Arch
-from graphopt.backends.cuda.memory import WIDEST
+from graphopt.backends.cuda.memory import INDEX_LIMIT, WIDEST
 from graphopt.backends.cuda.products import Product, item_bytes, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
@@ -22,6 +22,9 @@ STAGING_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 GROUP = 4  # bytes
 ASSUMED_BATCH = 8  # of a dynamic one
 _TURING_OUTPUTS = 64 * 32  # of a warp
+_SPLITS = (2, 3, 4, 6, 8)
+_FEWEST_STEPS = 4  # of a part
+_GAIN = 0.85  # of the time without a second kernel, above which there is none
 _MOST_WINDOWS = 8  # of a thread, three registers each
 
 _SHARED_RATE = 128  # bytes a cycle of a multiprocessor: 32 banks of four
@@ -32,6 +35,7 @@ _STEP_CYCLES = (
 )
 _REGISTERS = 65536  # of a multiprocessor
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
+_SECOND_CYCLES = 3000  # of another kernel: from the end of one to the loads of the next, and these
 _OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
 
 
@@ -111,11 +115,15 @@ TILES: tuple[Tile, ...] = (
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """A tile, the product it is made of, and the sizes that follow; ``vector`` bytes of x are copied at once."""
+    """A tile, the product it is made of, and the sizes that follow; ``vector`` bytes of x are copied at once.
+
+    ``splits`` blocks share the steps of a tile where that is not 1, see ``conv_sums``.
+    """
 
     workload: Conv2d
     tile: Tile
     product: Product
+    splits: int = 1
 
     @property
     def tap_channels(self) -> int:
@@ -140,7 +148,13 @@ class ConvPlan:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.depth / self.step_elements)
+        """Steps of a tile, of which every part has as many: the last ones may be zeros."""
+        return math.ceil(self.depth / self.step_elements / self.splits) * self.splits
+
+    @property
+    def sums_shape(self) -> tuple[int, int, int]:
+        """The sums of an image that several blocks make."""
+        return self.splits, self.pixels, self.padded_channels
 
     @property
     def shared_bytes(self) -> int:
@@ -212,17 +226,22 @@ def cycles(plan: ConvPlan, arch: Arch) -> float:
     """
     tile, workload = plan.tile, plan.workload
     outputs = (workload.y.batch or ASSUMED_BATCH) * plan.pixels
-    blocks = math.ceil(outputs / tile.rows) * plan.column_tiles
+    blocks = math.ceil(outputs / tile.rows) * plan.column_tiles * plan.splits
     held = tile.held(arch)
     work = max(bounds(tile, arch).values())
     rounding = tile.rows * tile.columns * _OUTPUT_CYCLES
 
     def together(count: int) -> float:
         step = max(count * work, _LATENCY / (tile.stages - 1), _STEP_CYCLES)
-        return _LATENCY / held + plan.steps * step + count * rounding if count else 0
+        steps = plan.steps // plan.splits
+        return _LATENCY / held + steps * step + count * rounding if count else 0
 
     rounds, rest = divmod(math.ceil(blocks / arch.multiprocessors), held)
-    return rounds * together(held) + together(rest)
+    total = rounds * together(held) + together(rest)
+    if plan.splits > 1:
+        moved = 2 * outputs * plan.splits * plan.padded_channels * 4
+        total += _SECOND_CYCLES + moved / (_LOAD_RATE * arch.multiprocessors)
+    return total
 
 
 def plan_conv(
@@ -236,3 +255,27 @@ def plan_conv(
     plans = [ConvPlan(workload, candidate, product) for candidate in TILES]
     found = [plan for plan in plans if possible(plan.tile, arch, plan.vector)]
     return min(found, key=lambda plan: cycles(plan, arch))
+
+
+def split_steps(plan: ConvPlan, arch: Arch) -> ConvPlan:
+    """The plan, or one whose tiles several blocks share, where clearly less time is estimated for it.
+
+    A batch that is known at the call only may be large: its plan stays.
+    """
+    batch = plan.workload.y.batch
+    if batch is None:
+        return plan
+    plans = [
+        replace(plan, tile=tile, splits=splits)
+        for tile in TILES
+        if possible(tile, arch, plan.vector)
+        for splits in _SPLITS
+    ]
+    found = [
+        candidate
+        for candidate in plans
+        if candidate.steps >= candidate.splits * _FEWEST_STEPS
+        and batch * math.prod(candidate.sums_shape) < INDEX_LIMIT
+    ]
+    best = min([plan, *found], key=lambda candidate: cycles(candidate, arch))
+    return best if cycles(best, arch) < _GAIN * cycles(plan, arch) else plan

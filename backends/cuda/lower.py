@@ -18,7 +18,8 @@ from graphopt.backends.cuda.conv_pack import (
     pack_dot,
     pack_float_conv,
 )
-from graphopt.backends.cuda.conv_plan import GROUP, fits, plan_conv
+from graphopt.backends.cuda.conv_plan import GROUP, ConvPlan, fits, plan_conv, split_steps
+from graphopt.backends.cuda.conv_sums import finish_sums
 from graphopt.backends.cuda.depthwise import depthwise, is_depthwise
 from graphopt.backends.cuda.dot import dot_conv, has_few_outputs
 from graphopt.backends.cuda.float_conv import float_conv, pack_float
@@ -35,7 +36,7 @@ from graphopt.backends.lower import convolution, elementwise
 from graphopt.backends.lower.convolution import BatchNormStep, ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
 from graphopt.backends.lower.plan import Selector
-from graphopt.backends.lower.step import Kernel, KernelSource, Step
+from graphopt.backends.lower.step import Before, Kernel, KernelSource, Step
 from graphopt.errors import CompileError
 from graphopt.precision import FLOAT32, TF32
 from graphopt.program import Program
@@ -114,7 +115,7 @@ class CudaKernels(KernelSource):
         if not fits(workload) or has_few_outputs(workload):
             packed = pack_dot(*constants, zero_point, workload.groups)
             return _kernel(dot_conv(workload), tuple(packed), workload.macs, "dp4a")
-        plan = plan_conv(workload, self.arch)
+        plan = split_steps(plan_conv(workload, self.arch), self.arch)
         sparse = sparse_form(plan, weight, self.arch)
         if sparse is not None and sparse.pays:
             function, packed = (
@@ -123,11 +124,20 @@ class CudaKernels(KernelSource):
             )
             kernel = _kernel(function, tuple(packed), workload.macs, "mma.sp")
         else:
-            function, packed = conv(plan, self.arch), pack_conv(plan, *constants)
-            kernel = _kernel(function, tuple(packed), workload.macs, "mma")
+            kernel = self._product(plan, pack_conv(plan, *constants), "mma")
         if sparse is None:
             return kernel
         return replace(kernel, density=KEPT / GROUP, sparse_gain=sparse.gain)
+
+    def _product(self, plan: ConvPlan, packed: list[Array], form: str) -> Kernel:
+        """A matrix product, by a second kernel where several blocks share a tile."""
+        macs, function = plan.workload.macs, conv(plan, self.arch)
+        if plan.splits == 1:
+            return _kernel(function, tuple(packed), macs, form)
+        weight, *others = packed
+        part = _kernel(function, (weight,), macs, f"{form} / {plan.splits}")
+        before = Before(part, plan.sums_shape, plan.product.sums)
+        return replace(_kernel(finish_sums(plan), tuple(others), form="sums"), before=before)
 
     def _float_convolution(
         self, workload: Conv2d, weight: Array, bias: Array | None, statistics: bool
@@ -137,11 +147,8 @@ class CudaKernels(KernelSource):
         in_tf32 = self.precision == TF32 and x.dtype == FLOAT32
         product = PRODUCTS[TF32] if in_tf32 else product_of(x.dtype)
         if product is not None and not statistics and fits(workload, product):
-            plan = plan_conv(workload, self.arch, product=product)
-            packed = pack_float_conv(plan, weight, bias)
-            return _kernel(
-                conv(plan, self.arch), tuple(packed), workload.macs, f"mma {product.name}"
-            )
+            plan = split_steps(plan_conv(workload, self.arch, product=product), self.arch)
+            return self._product(plan, pack_float_conv(plan, weight, bias), f"mma {product.name}")
         if {x.dtype, y.dtype} == {FLOAT32}:
             packed = pack_float(workload, weight, bias)
             return _kernel(float_conv(workload), tuple(packed), workload.macs)

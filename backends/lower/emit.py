@@ -332,6 +332,10 @@ class _Emitter:
         name: str,
         nodes: list[fx.Node],
     ) -> fx.Node:
+        if kernel.before is not None:
+            first = kernel.before
+            part = (first.kernel, inputs[:1], first.shape, first.dtype, f"{name}_sums", nodes)
+            inputs = [self._kernel(*part), *inputs[1:]]
         constants = []
         for index, array in enumerate(kernel.constants):
             suffix = _CONSTANT_NAMES[index] if index < len(_CONSTANT_NAMES) else str(index)

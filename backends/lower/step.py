@@ -53,7 +53,7 @@ class KernelSource(ABC):
 
     def array(self, node: fx.Node) -> np.ndarray[Any, Any]:
         """The parameter that a ``get_attr`` node reads, or a cast of one makes, as NumPy."""
-        return self._constant(node).contiguous().numpy()
+        return to_numpy(self._constant(node).contiguous())
 
     def _constant(self, node: fx.Node) -> torch.Tensor:
         if node.op == "get_attr":
@@ -102,7 +102,8 @@ class Kernel:
 
     ``tunable`` is its workload, where tuning has other choices for it. The first constant is what ``load_transform``
     makes of the stored one, where there is one. ``form`` is the algorithm of a layer that has several; ``density`` and
-    ``sparse_gain`` are those of ``manifest.Kernel`` where no plan of orders has compared the layer's forms.
+    ``sparse_gain`` are those of ``manifest.Kernel`` where no plan of orders has compared the layer's forms. ``before`` makes
+    what this one reads in the place of the step's first input.
     """
 
     name: str
@@ -114,6 +115,16 @@ class Kernel:
     form: str = ""
     density: float | None = None
     sparse_gain: float | None = None
+    before: Before | None = None
+
+
+@dataclass(frozen=True)
+class Before:
+    """A kernel of the step's first input alone; its result is ``shape`` of ``dtype`` for each image."""
+
+    kernel: Kernel
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Step(ABC):

@@ -1,7 +1,7 @@
-"""A network whose convolution takes more shared memory than a kernel may declare, on the fake driver.
+"""Networks on the fake driver: a convolution of more shared memory than a kernel may declare, one whose steps blocks share.
 
-Run as a program of its own, like ``fake_gpu``. Prints a line of JSON: whether the outputs are the program's, and the most
-bytes that a launch asked for.
+Run as a program of its own, like ``fake_gpu``. Prints a line of JSON each: whether the outputs are the program's, the most
+bytes that a launch asked for, and the forms of the kernels.
 """
 
 from __future__ import annotations
@@ -27,19 +27,26 @@ def _remember(name: bytes, config: Any, parameters: Any, record: int) -> int:
     return _launch(name, config, parameters, record)
 
 
-def main() -> None:
-    fake_gpu._launch = _remember
-    Driver()
-    conv_plan.TILES = conv_plan.TILES[:1]
-    torch.manual_seed(3)
-    model, x = nn.Conv2d(8, 20, 3, padding=1).eval(), torch.randn(1, 8, 15, 14)
-    program = go.passes.Quantize(calibration=[(x,)])(go.capture(model, (x,)))
+def _run(model: nn.Module, x: torch.Tensor) -> None:
+    program = go.passes.Quantize(calibration=[(x,)])(go.capture(model.eval(), (x,)))
     artifact = go.compile(program, "sm_80")
     given = artifact.session()(x.numpy())
     check_faults()
     with torch.no_grad():
-        want = artifact.program(x).numpy()
-    print(json.dumps({"equal": bool(np.array_equal(given, want)), "bytes": max(_ASKED)}))
+        equal = bool(np.array_equal(given, artifact.program(x).numpy()))
+    forms = [kernel.form for kernel in artifact.manifest.kernels if kernel.form]
+    print(json.dumps({"equal": equal, "bytes": max(_ASKED), "forms": forms}), flush=True)
+
+
+def main() -> None:
+    fake_gpu._launch = _remember
+    Driver()
+    torch.manual_seed(3)
+    tiles = conv_plan.TILES
+    conv_plan.TILES = tiles[:1]
+    _run(nn.Conv2d(8, 20, 3, padding=1), torch.randn(1, 8, 15, 14))
+    conv_plan.TILES = tiles
+    _run(nn.Conv2d(512, 40, 3, padding=1), torch.randn(1, 512, 5, 5))
 
 
 if __name__ == "__main__":

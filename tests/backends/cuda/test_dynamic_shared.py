@@ -14,6 +14,8 @@ from tests.backends.cuda.fake_gpu import run_on_fake
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-def test_the_largest_tile_runs(tmp_path: Path) -> None:
-    (line,) = run_on_fake("fake_shared", tmp_path)
-    assert json.loads(line) == {"equal": True, "bytes": 3 * (256 + 128) * 64}
+def test_the_largest_tile_and_shared_steps(tmp_path: Path) -> None:
+    large, deep = map(json.loads, run_on_fake("fake_shared", tmp_path))
+    assert large == {"equal": True, "bytes": 3 * (256 + 128) * 64, "forms": ["mma"]}
+    assert deep["equal"]
+    assert deep["forms"] == ["mma / 8", "sums"]

@@ -68,22 +68,25 @@ class FloatCase:
         bound = magnitude * steps * 2.0**-24 + total.abs() * unit
         return total.numpy().transpose(0, 2, 3, 1), bound.numpy().transpose(0, 2, 3, 1)
 
+    def kernel(self) -> tuple[Any, list[Array]]:
+        """The kernel and its packed constants."""
+        plan = plan_conv(self.workload, self.arch, SMALL, self.product)
+        return conv(plan, self.arch), pack_float_conv(plan, self.weight, self.bias)
+
     def result(self) -> Array:
         w = self.workload
-        plan = plan_conv(w, self.arch, SMALL, self.product)
         x = stored(w.x, self.batch, self.x, self.rng)
         mine = slice(w.x.first_channel, w.x.first_channel + w.x.channels)
         beside = np.delete(np.arange(x.shape[-1]), mine)
         x[..., beside] = np.nan  # nothing else of a pixel may take part
         y = np.full((self.batch, *w.y.shape), 77.0, w.y.dtype)
         others = [] if w.residual is None else [stored(w.residual, 2, self.residual, self.rng)]
-        packed = pack_float_conv(plan, self.weight, self.bias)
-        function = conv(plan, self.arch)
+        function, packed = self.kernel()
         run(function, x, *packed, *others, y, asynchronous=self.arch.async_copy)
         return logical(w.y, y)
 
 
-def _workload(
+def float_workload(
     dtype: str, channels: tuple[int, int], out: str = "", relu: bool = False, **more: Any
 ) -> Conv2d:
     out = out or dtype
@@ -107,7 +110,7 @@ CASES = [
 @pytest.mark.parametrize(("product", "arch", "more"), CASES)
 @pytest.mark.parametrize("small", [True, False], ids=["integers", "normal"])
 def test_with_all_that_follows(product: str, arch: str, more: dict[str, Any], small: bool) -> None:
-    workload = _workload(PRODUCTS[product].x, (20, 37), residual=True, relu=True, **more)
+    workload = float_workload(PRODUCTS[product].x, (20, 37), residual=True, relu=True, **more)
     case = FloatCase(workload, product, arch, small)
     want, bound = case.expected()
     found = case.result().astype(np.float64)
@@ -129,13 +132,13 @@ def test_with_all_that_follows(product: str, arch: str, more: dict[str, Any], sm
     ids=["rgb", "grey", "point", "dilated", "rgb-in-fours", "odd-slice-in", "slice-out"],
 )
 def test_shapes(product: str, more: dict[str, Any]) -> None:
-    case = FloatCase(_workload(PRODUCTS[product].x, **more), product, small=True)
+    case = FloatCase(float_workload(PRODUCTS[product].x, **more), product, small=True)
     want, _ = case.expected()
     assert (case.result() == want).all()
 
 
 def test_odd_float16_channels_are_copied_without_cp_async_on_turing_too() -> None:
-    case = FloatCase(_workload("float16", (3, 9)), "f16", "sm_75", small=True)
+    case = FloatCase(float_workload("float16", (3, 9)), "f16", "sm_75", small=True)
     assert (case.result() == case.expected()[0]).all()
 
 
@@ -149,10 +152,10 @@ def test_what_tf32_keeps() -> None:
 
 
 def test_what_is_no_matrix_product() -> None:
-    half = _workload("float16", (8, 8))
+    half = float_workload("float16", (8, 8))
     assert fits(half)
     assert not fits(replace(half, groups=2))
-    single = _workload("float32", (8, 8))
+    single = float_workload("float32", (8, 8))
     assert not fits(single), "tf32 drops bits: it must be asked for"
     assert fits(single, PRODUCTS["tf32"])
     assert not fits(half, PRODUCTS["tf32"])
