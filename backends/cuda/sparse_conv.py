@@ -1,4 +1,4 @@
-"""int8 convolution and linear on sparse tensor cores: weights pruned 2:4, half the products of ``conv``, the same sums.
+"""Convolution and linear on sparse tensor cores: weights pruned 2:4, half the products of ``conv``; int8 with the same sums.
 
 ``y^T = W x^T``: an implicit matrix product like ``conv``, its roles exchanged, since only the first operand may be sparse.
 Windows of x and the output's way out are those of ``conv``; a step is one ``mma.sp`` deep, ``STEP`` bytes of k.
@@ -38,8 +38,10 @@ from graphopt.backends.cuda.stream import accumulators
 
 
 def sparse_conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
-    """The kernel ``(x, weight, bias, multiplier, [residual], y)`` of packed constants; see ``pack_sparse``."""
-    workload = plan.workload
+    """The kernel of packed constants: ``(x, weight, bias, multiplier, [residual], y)`` of integers (``pack_sparse``),
+    ``(x, weight, bias, [residual], y)`` of float16 (``pack_sparse_float``).
+    """
+    workload, product = plan.workload, plan.product
     x, y = workload.x, workload.y
     shape = (
         f"{y.height}x{y.width}x{x.channels}x{y.channels}_{workload.kernel[0]}x{workload.kernel[1]}"
@@ -49,9 +51,13 @@ def sparse_conv(plan: ConvPlan, arch: Arch) -> PrimFunc:
     weight_bytes = plan.padded_channels // ROWS * plan.steps * FRAGMENT_BYTES
     arguments = [
         activation("x", x),
-        Argument("weight", (weight_bytes,), "int8"),
-        Argument("bias", (plan.padded_channels,), "int32"),
-        Argument("multiplier", (plan.padded_channels,), "float32"),
+        Argument("weight", (weight_bytes // product.item_bytes,), product.weight),
+        Argument("bias", (plan.padded_channels,), product.sums),
+        *(
+            [Argument("multiplier", (plan.padded_channels,), "float32")]
+            if product.is_integer
+            else []
+        ),
         *([] if workload.residual is None else [activation("residual", workload.residual)]),
         activation("y", y),
     ]
@@ -89,7 +95,7 @@ class _Block:
     def _main_loop(self) -> Buffer:
         """The sums of products in the thread's registers."""
         device, steps, stages, tile = self.device, self.plan.steps, self.tile.stages, self.tile
-        sums = accumulators(tile.warp_rows * tile.warp_columns // 32, "int32", 0)
+        sums = accumulators(tile.warp_rows * tile.warp_columns // 32, self.plan.product.sums, 0)
         x = View(self.plan.workload.x, self.flats[0])
         windows = Windows(self.plan, device, self.place, x, self.x_tile)
         lane = bind(tirx.floormod(self.place.thread, 32))
@@ -121,7 +127,8 @@ class _Block:
         """Ask for step ``step`` of both tiles, where ``wanted``."""
         windows.copy(step, stage, wanted)
         size = self.w_tile.rows * CHUNK
-        source = bind((self.column_tile * self.plan.steps + step) * size)
+        elements = size // self.plan.product.item_bytes
+        source = bind((self.column_tile * self.plan.steps + step) * elements)
         thread, threads = self.place.thread, self.tile.threads
         self.w_tile.copy_whole(self.device, self.flats[1], source, stage, thread, threads, wanted)
 

@@ -1,4 +1,4 @@
-"""Operands and sums of a warp's ``mma.sp``: 16 output channels pruned 2:4 by 8 pixels, 64 of k at once.
+"""Operands and sums of a warp's ``mma.sp``: 16 output channels pruned 2:4 by 8 pixels, 64 bytes of k at once.
 
 The weight is the first operand, the only one that may be sparse, so that channels are the product's rows and pixels its
 columns. Its fragments lie in shared memory lane by lane as ``sparse_pack`` made them; those of x take one ``ldmatrix.x4``.
@@ -21,12 +21,18 @@ _REGISTERS = 4  # of either operand, and of the sums
 
 # ordered_metadata (PTX 8.5): indices of a group increase. ptxas 13 warns that the form without it will be slow on later chips.
 _MMA = """\
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.%s.s32 "
-               "{%%0, %%1, %%2, %%3}, {%%4, %%5, %%6, %%7}, {%%8, %%9, %%10, %%11}, {%%0, %%1, %%2, %%3}, %%12, 0x0;"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.{shape} "
+               "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9, %10, %11}}, {{%0, %1, %2, %3}}, %12, 0x0;"
+               : "+{kind}"(c[0]), "+{kind}"(c[1]), "+{kind}"(c[2]), "+{kind}"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                  "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
 """
+# By the names of ``products``: the weight is the first operand
+SHAPES = {
+    "u8": "m16n8k64.row.col.s32.s8.u8.s32",
+    "s8": "m16n8k64.row.col.s32.s8.s8.s32",
+    "f16": "m16n8k32.row.col.f32.f16.f16.f32",
+}
 _LOAD = """\
   uint4 words = *(const uint4*)from;
   d[0] = words.x; d[1] = words.y; d[2] = words.z; d[3] = words.w;
@@ -37,10 +43,12 @@ class SparseDevice(Device):
     """With the functions of sparse products."""
 
     def multiply_sparse(self, product: Product, c: Expr, a: Expr, b: Expr, metadata: Expr) -> None:
-        """``c[16, 8] += a[16, 64] * b[64, 8]`` over a warp: int8 kept 2:4 by bytes, in the registers of ``mma.sp.m16n8k64``."""
+        """``c[16, 8] += a[16, k] * b[k, 8]`` over a warp, k of 64 bytes, a kept 2:4; registers as ``mma.sp.m16n8`` has them."""
         name = f"graphopt_sparse_mma_{product.name}"
-        signature = f"void {name}(int* c, const unsigned* a, const unsigned* b, uint e)"
-        self._call(name, signature, _MMA % product.name, c, a, b, metadata)
+        sums, kind = ("int", "r") if product.is_integer else ("float", "f")
+        signature = f"void {name}({sums}* c, const unsigned* a, const unsigned* b, uint e)"
+        body = _MMA.format(shape=SHAPES[product.name], kind=kind)
+        self._call(name, signature, body, c, a, b, metadata)
 
     def load_words(self, registers: Expr, source: Expr) -> None:
         """Four words from 16 aligned bytes of shared memory."""

@@ -16,6 +16,7 @@ from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.conv_plan import (
     ASSUMED_BATCH,
+    GROUP,
     STEP,
     ConvPlan,
     Tile,
@@ -24,6 +25,7 @@ from graphopt.backends.cuda.conv_plan import (
     possible,
 )
 from graphopt.backends.cuda.products import item_bytes
+from graphopt.backends.cuda.sparse_fragments import SHAPES
 from graphopt.backends.cuda.sparse_pack import FRAGMENT_BYTES, ROWS, is_two_of_four
 
 Array = np.ndarray[Any, Any]
@@ -109,8 +111,12 @@ class SparseForm:
 
 
 def sparse_form(dense: ConvPlan, weight: Array, arch: Arch) -> SparseForm | None:
-    """That of the layer of a dense plan; None on chips without such tensor cores, and of a weight (OIHW) that is not 2:4."""
-    if not arch.sparse or not is_two_of_four(weight):
+    """That of the layer of a dense plan; None on chips without such tensor cores, and of a weight (OIHW) that is not 2:4.
+
+    Groups of four are of one tap: float16 channels that do not come in fours have none.
+    """
+    whole = dense.tap_channels % GROUP == 0 and dense.product.name in SHAPES
+    if not arch.sparse or not whole or not is_two_of_four(weight):
         return None
     plan = plan_sparse(dense.workload, arch)
     return SparseForm(plan, _time(dense, arch) / _time(plan, arch))
