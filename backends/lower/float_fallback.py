@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphopt.arrays import to_numpy
 from graphopt.backends.cpu.isa import Isa
 from graphopt.backends.cpu.rivals import Rivals, estimate, rivals
 from graphopt.backends.cpu.winograd_plan import fits, sums_fit
@@ -55,7 +56,7 @@ def _rivals(plan: Plan, step: ConvolutionStep) -> Rivals:
     inputs = [layout(*pair) for pair in zip(step.inputs, step.plain_inputs, strict=True)]
     workload = step.workload(inputs, layout(step.output, step.plain_output))
     weight, bias = (
-        None if node is None else plan.program.tensor(node).detach().numpy()
+        None if node is None else to_numpy(plan.program.tensor(node))
         for node in (step.constants.weight, step.constants.bias)
     )
     return rivals(workload, fits(workload) and weight is not None and sums_fit(weight, bias))

@@ -26,6 +26,7 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as stages
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from graphopt.arrays import to_numpy
 from graphopt.backends.link import linker
 from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
@@ -167,7 +168,7 @@ def _weights_last(
     tensors = dict(exported.named_parameters())
     parameters = [p for p in main.params if p.name in targets]
     inputs = [p for p in main.params if p.name not in targets]
-    weights = {str(targets[p.name]): tensors[targets[p.name]].detach().numpy() for p in parameters}
+    weights = {str(targets[p.name]): to_numpy(tensors[targets[p.name]]) for p in parameters}
     attributes: dict[str, Any] = {"global_symbol": "main", "num_input": len(inputs)}
     for key in ("tir_var_lower_bound", "tir_var_upper_bound"):
         if main.attrs and key in main.attrs:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 import graphopt.integer  # noqa: F401 - defines torch.ops.graphopt
+from graphopt.arrays import to_numpy
 from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.convert import convert
 from graphopt.backends.cpu.isa import Isa
