@@ -20,6 +20,7 @@ from graphopt.backends.cuda.arch import ARCHS, Arch
 from graphopt.backends.cuda.build import build_library
 from graphopt.backends.cuda.conv import conv
 from graphopt.backends.cuda.conv_plan import TILES, plan_conv, possible
+from graphopt.backends.cuda.conv_sums import finish_sums
 from graphopt.backends.cuda.depthwise import depthwise
 from graphopt.backends.cuda.dot import dot_conv
 from graphopt.backends.cuda.float_conv import float_conv
@@ -31,6 +32,7 @@ from graphopt.backends.cuda.sparse_plan import TILES as SPARSE_TILES
 from graphopt.backends.cuda.sparse_plan import plan_sparse
 from graphopt.backends.cuda.toolkit import compile_source, find_nvcc, image_in_text
 from tests.backends.cuda.harness import conv_workload, image
+from tests.backends.cuda.test_float_product import float_workload
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
@@ -51,6 +53,9 @@ def _kernels(arch: Arch) -> dict[str, Any]:
     functions = [
         conv(plan_conv(large, arch, largest), arch),
         conv(plan_conv(small, arch, TILES[-1]), arch),
+        conv(plan_conv(half, arch, TILES[-1]), arch),
+        conv(deep, arch),
+        finish_sums(deep),
         dot_conv(grouped),
         dot_conv(signed),
         dot_conv(few),
@@ -102,8 +107,11 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     text = subprocess.run(
         [disassembler, str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True
     ).stdout
-    shape = {"m8n8k16": "8816", "m16n8k32": "16832"}[ARCHS[name].mma_shape]
+    shape, halves = {"m8n8k16": ("8816", "1688"), "m16n8k32": ("16832", "16816")}[
+        ARCHS[name].mma_shape
+    ]
     assert re.search(rf"IMMA\.{shape}\.U8\.S8", text)
+    assert re.search(rf"HMMA\.{halves}\.F32 ", text)
     assert bool(re.search(r"IMMA\.SP\.16864\.S8\.U8", text)) == ARCHS[name].sparse
     assert re.search(r"IDP\.4A\.U8\.S8", text)
     assert re.search(r"IDP\.4A\.S8\.S8", text)
