@@ -128,6 +128,8 @@ class ConvolutionStep(Step):
             function = depthwise(workload, context.isa, context.threads)
             packed = pack_depthwise(workload, context.isa, weight, bias, multiplier)
             return Kernel(_name(function), function, tuple(packed), workload.macs)
+        if multiplier is not None:
+            workload = rounds_in_range(workload, weight, bias, multiplier)
         if _is_winograd(context, workload, weight, bias):
             return _winograd(context, workload, weight, bias, multiplier)
         choice = context.choices.get(workload_key(workload))
