@@ -45,6 +45,8 @@ def _kernels(arch: Arch) -> dict[str, Any]:
     grouped, signed = (
         conv_workload((12, 12), groups=4, size=(9, 9), dtype=dtype) for dtype in ("uint8", "int8")
     )
+    half = float_workload("float16", (64, 64), residual=True)
+    deep = replace(plan_conv(conv_workload((512, 64), batch=1), arch, TILES[-1]), splits=4)
     few = conv_workload((64, 10), batch=1, size=(1, 1), kernel=(1, 1), padding=(0, 0))
     x, y = image(2, (8, 8), 12), image(2, (4, 4), 12)
     rounding = Requantize(3, 0, 255)
