@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cuda_suite import PRUNED, images
+from cuda_suite import HALF, PRUNED, images
 from torch import fx
 
 import graphopt as go
@@ -33,7 +33,10 @@ from graphopt.bench.networks import NETWORKS
 from graphopt.cuda_runtime import package_libraries
 
 LIMIT = 60_000_000
-CASES = "efficientnet_lite0:1,mobilenet_v2:1,resnet18:1,resnet50:32,resnet50-2of4:32"
+CASES = "efficientnet_lite0:1,mobilenet_v2:1,resnet18:1,resnet50:32,resnet50-2of4:32,resnet50-float16:32"
+# Some 50 layers behind each other are each rounded to float16, the other way by 2**-10 of a value where float32 sums are taken in
+# another order: 2**-10 * sqrt(50) if every one were, of the largest output.
+TOLERANCE = 2.0**-7
 DISTINCT = 4  # images of a batch; the others repeat them
 _ROOT = Path(__file__).resolve().parents[1]
 LEVELS = 7  # of a weight, on either side of 0
@@ -89,36 +92,45 @@ def peer_source(program: go.Program) -> str:
     )
 
 
-def coarse(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights of 15 values a channel, which ``xz`` packs into half the bytes; no kernel knows."""
+def coarse(model: torch.nn.Module, per_channel: bool = True) -> torch.nn.Module:
+    """Random weights of 15 values a channel or layer, which ``xz`` packs into half the bytes or less; no kernel knows."""
     for weight in model.parameters():
         if weight.ndim > 1:
             step = weight.detach().flatten(1).abs().amax(1) / LEVELS
+            step = step if per_channel else step.amax().expand(step.shape)
             step = step.reshape(-1, *[1] * (weight.ndim - 1))
             weight.data = (weight.detach() / step).round() * step
     return model
 
 
 def make_case(name: str, batch: int, arch: str, folder: Path) -> None:
-    """``model.gopt.xz``, ``expected.npz`` and ``peer.py`` of a network; pruned 2:4 by magnitude where its name says so."""
-    network = NETWORKS[name.removesuffix(PRUNED)]
+    """``model.gopt.xz``, ``expected.npz`` and ``peer.py`` of a network; as its name says pruned 2:4 by magnitude, or in float16."""
+    network, half = NETWORKS[name.removesuffix(PRUNED).removesuffix(HALF)], name.endswith(HALF)
     (example,) = network.inputs()
     shape = (min(batch, DISTINCT), *example.shape[1:])
     few = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     x = torch.from_numpy(images(few, batch))
-    float_program = go.capture(coarse(network.model()), (x,))
+    float_program = go.capture(coarse(network.model(), not half), (x,))
     passes: list[go.Pass] = [go.passes.RemoveIdentities(), go.passes.FoldBatchNorm()]
     if name.endswith(PRUNED):
         passes += [go.passes.Prune(granularity=go.passes.NM(2, 4)), go.passes.ApplyMasks()]
     float_program = go.Pipeline(passes)(float_program)
-    artifact = go.compile(go.passes.Quantize(calibration=[(x,)])(float_program), arch)
+    if half:
+        artifact = go.compile(float_program, arch, precision="float16")
+    else:
+        artifact = go.compile(go.passes.Quantize(calibration=[(x,)])(float_program), arch)
     with torch.no_grad():
         y = artifact.program(x)
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as place:
         model = artifact.save(Path(place) / "model.gopt").read_bytes()
     (folder / "model.gopt.xz").write_bytes(lzma.compress(model))
-    np.savez_compressed(folder / "expected.npz", pixels=few, y=y.numpy())
+    expected = {
+        "pixels": few,
+        "y": y.numpy(),
+        **({"tolerance": np.float64(TOLERANCE)} if half else {}),
+    }
+    np.savez_compressed(folder / "expected.npz", **expected)
     (folder / "peer.py").write_text(peer_source(float_program))
     log.info("%s: %.1f MB", name, folder_size(folder) / 1e6)
 

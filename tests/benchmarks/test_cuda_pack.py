@@ -93,6 +93,22 @@ def test_a_pruned_case(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert peers[0] == peers[1]
 
 
+def test_a_float16_case(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.backends.cuda.build.find_nvcc", lambda: None)
+    inputs = (torch.zeros(1, 3, 9, 9),)
+    network = type(pack.NETWORKS["resnet18"])("deep", _DeepNet, lambda _: inputs)
+    monkeypatch.setattr(pack, "NETWORKS", {"deep": network})
+    pack.make_case("deep-float16", 8, "sm_80", tmp_path / "deep")
+    file = tmp_path / "model.gopt"
+    file.write_bytes(lzma.decompress((tmp_path / "deep" / "model.gopt.xz").read_bytes()))
+    artifact = go.Artifact.load(file)
+    assert artifact.manifest.report["precision"] == "float16"
+    assert [k.form for k in artifact.manifest.kernels if k.form] == ["mma f16", "mma f16"]
+    with np.load(tmp_path / "deep" / "expected.npz") as saved:
+        assert saved["y"].shape == (8, 128, 5, 5)
+        assert saved["tolerance"] == pack.TOLERANCE
+
+
 def test_weights_have_few_values(pack: ModuleType) -> None:
     network = pack.coarse(_Net())
     for layer in (network.blocks[0], network.blocks[2], network.head):
@@ -115,6 +131,13 @@ def test_verdicts(suite: ModuleType) -> None:
     assert suite.compare(want[:1], want)["equal"] is False
     near = suite.compare(np.array([1.0, 2.5], np.float32), want)
     assert near == {"equal": False, "differing": 1, "largest": 0.5}
+    assert not suite.is_right(near)
+    given = np.array([1.0, 2.25], np.float32)
+    verdicts = [suite.compare(given, want, tolerance) for tolerance in (0.125, 0.1)]
+    assert [verdict["within"] for verdict in verdicts] == [True, False]
+    assert [suite.is_right(verdict) for verdict in verdicts] == [True, False]
+    broken = suite.compare(np.array([1.0, np.nan], np.float32), want, 0.1)
+    assert not suite.is_right(broken)
 
 
 def test_kernels_by_time_with_their_share_of_the_peak(
