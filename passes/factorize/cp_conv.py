@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.errors import PassError
 from graphopt.passes.factorize import cp
 from graphopt.passes.factorize.cp_start import Expansion, noise
@@ -75,7 +76,7 @@ class _Polyadic(Decomposition):
 
     def errors(self, ranks: Sequence[Ranks]) -> Array:
         wanted = np.array(ranks)[:, 0]
-        tails = self._expansion.tails()[0].numpy()
+        tails = to_numpy(self._expansion.tails()[0])
         expanded = tails[np.minimum(wanted, len(tails) - 1)]
         most = max(wanted[0], min(wanted[-1], _CURVE_MOST))
         grid = np.unique(np.geomspace(wanted[0], most, _CURVE).round().astype(int))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.passes.factorize.ranks import Array, Ranks
 from graphopt.passes.factorize.vbmf import vbmf_rank
 
@@ -121,7 +122,7 @@ class Spectrum:
     def tails(self) -> Array:
         """What is lost at rank 0, 1, ...: the sums of the squares from there on."""
         sums = self.squares.flip(0).cumsum(0).flip(0)
-        return np.concatenate([sums.numpy(), np.zeros(1)])
+        return np.concatenate([to_numpy(sums), np.zeros(1)])
 
     def left(self, rank: int) -> Tensor:
         """The leading left singular vectors [rows, rank], where the rows' Gram matrix was taken."""

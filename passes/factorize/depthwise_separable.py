@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.passes.factorize.decomposition import Decomposition, Stage
 from graphopt.passes.factorize.factorize import Factorize, Layer
 from graphopt.passes.factorize.ranks import Array, Ranks, RankSpec
@@ -59,7 +60,7 @@ class _Separable(Decomposition):
         ]
 
     def errors(self, ranks: Sequence[Ranks]) -> Array:
-        kept = self._squares.sum(dim=0).cumsum(0).numpy() / self.energy
+        kept = to_numpy(self._squares.sum(dim=0).cumsum(0)) / self.energy
         lost: Array = np.maximum(1 - kept[np.array(ranks)[:, 0] - 1], 0)
         return lost
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.passes.factorize.decomposition import Decomposition, Spectrum, Stage, unfold
 from graphopt.passes.factorize.factorize import Factorize, Layer
 from graphopt.passes.factorize.ranks import Array, Ranks
@@ -35,7 +36,7 @@ class _Tucker(Decomposition):
         bases = [mode.left(len(mode.squares)) for mode in self._modes]
         core = torch.einsum("oi...,oa,ib->ab...", weight, *bases)
         corner = core.flatten(2).square().sum(dim=2).cumsum(0).cumsum(1)
-        self._kept = corner.numpy() / self.energy
+        self._kept = to_numpy(corner) / self.energy
 
     @property
     def full(self) -> Ranks:

@@ -67,6 +67,5 @@ class GradualPruner:
         evidence = prune.evidence(program)
         decisions = decide(at_once, evidence, weights, lambda _node, _reason: None)
         for weight, mask in masks_of(decisions, program, choices.monotone).items():
-            old = weight.old_mask(program)
-            assert old is not None
-            old.copy_(mask)
+            assert weight.mask is not None
+            program.tensor(weight.mask).copy_(mask)

@@ -51,9 +51,9 @@ def _set_mask(edit: Edit, weight: Weight, mask: Tensor, insert: bool) -> None:
         if torch.equal(old, mask):
             return
         assert weight.mask is not None
-        edit.set_tensor(weight.mask, mask)
+        edit.set_tensor(weight.mask, weight.on_device(edit.program, mask))
     elif insert:
-        _insert(edit, weight, mask)
+        _insert(edit, weight, weight.on_device(edit.program, mask))
     else:
         return
     _record(edit, weight, before, weight.tensor(edit.program) * mask)

@@ -36,11 +36,15 @@ class Weight:
         return math.prod(self.layout.shape)
 
     def tensor(self, program: Program) -> Tensor:
-        """``W``, with what the mask hides."""
-        return program.tensor(self.sources[0]).detach()
+        """``W``, with what the mask hides; in the CPU's memory, where what is pruned is decided."""
+        return program.tensor(self.sources[0]).detach().cpu()
 
     def old_mask(self, program: Program) -> Tensor | None:
-        return None if self.mask is None else program.tensor(self.mask)
+        return None if self.mask is None else program.tensor(self.mask).cpu()
+
+    def on_device(self, program: Program, value: Tensor) -> Tensor:
+        """``value`` where ``W`` is, in its element type."""
+        return value.to(program.tensor(self.sources[0]).detach())
 
     def effective(self, program: Program) -> Tensor:
         """``W * M``."""

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from graphopt.arrays import to_numpy
+
 BINS = 4096
 _PIECE = 1 << 20
 _SMALLEST_EXPONENT = -160  # every float32 is a multiple of 2**-149
@@ -56,7 +58,7 @@ class StreamingHistogram:
         for piece in torch.split(values.detach().reshape(-1), _PIECE):
             scaled = piece.double() * math.ldexp(1.0, -self.exponent)
             indices = scaled.floor_().to(torch.int64).sub_(self.first)
-            self.counts += torch.bincount(indices, minlength=self.bins).cpu().numpy()
+            self.counts += to_numpy(torch.bincount(indices, minlength=self.bins))
 
     def _widen(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)

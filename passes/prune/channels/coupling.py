@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.arrays import to_numpy
 from graphopt.errors import PassError
 
 # The rules register themselves.
@@ -66,8 +67,9 @@ class Coupling:
             complaint = group.complaint(channels)
             if complaint is not None:
                 raise ValueError(f"{complaint} of the channels of {group.name}")
-            kept[group.classes.numpy()] = False
-            kept[group.classes.numpy()[channels.numpy()]] = True
+            classes = to_numpy(group.classes)
+            kept[classes] = False
+            kept[classes[to_numpy(channels)]] = True
         return kept
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
+from graphopt.arrays import to_numpy
 from graphopt.passes.prune.channels.labels import UNKNOWN, Axis, Dimension, Dimensions, Fixed, Rest
 from graphopt.passes.prune.channels.walk import Walk, rule
 
@@ -254,7 +255,7 @@ def _normalised(walk: Walk, rest: Rest, a: dict[str, Any]) -> Rest:
         variance,
         eps=a["eps"],
     )
-    return value[0].double().numpy()
+    return to_numpy(value[0].double())
 
 
 @rule("group_norm")

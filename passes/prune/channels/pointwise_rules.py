@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
+from graphopt.arrays import to_numpy
 from graphopt.passes.prune.channels.labels import UNKNOWN, Axis, Dimension, Dimensions, Fixed, Rest
 from graphopt.passes.prune.channels.shape_rules import zero_or_unknown
 from graphopt.passes.prune.channels.walk import POINTWISE, RULES, Walk, rule, shape_of
@@ -66,7 +67,7 @@ def _rest(walk: Walk, node: fx.Node, parts: dict[fx.Node, Dimension | None], tie
     if all(n.meta["val"].is_floating_point() for n in (node, *held)):
         values = {n: _value(walk, n, rest, tied.size) for n, rest in held.items()}
         computed = _run(node, values)
-        known = np.all([torch.isfinite(v).numpy() for v in values.values()], axis=0)
+        known = np.all([to_numpy(torch.isfinite(v)) for v in values.values()], axis=0)
         broken = known & ~np.isfinite(computed)
         if broken.any():
             walk.labels.freeze(tied.ids[broken], f"{node.name} of zeros is not finite")
@@ -98,7 +99,7 @@ def _run(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> Rest:
     args = fx.map_arg(node.args, values.__getitem__)
     kwargs = fx.map_arg(node.kwargs, values.__getitem__)
     with torch.no_grad():
-        result: Rest = node.target(*args, **kwargs).double().numpy()  # type: ignore[operator]
+        result: Rest = to_numpy(node.target(*args, **kwargs).double())  # type: ignore[operator]
     return result
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.choice import Choice
 from graphopt.errors import PassError
 from graphopt.passes.prune.evidence import Evidence
@@ -130,7 +131,7 @@ def _smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """True at the ``count`` smallest of all values, of equal ones the first; never at an infinite one."""
     if count <= 0:
         return [torch.zeros(one.shape, dtype=torch.bool) for one in scores]
-    flat = np.concatenate([one.numpy().reshape(-1) for one in scores])
+    flat = np.concatenate([to_numpy(one).reshape(-1) for one in scores])
     if count < len(flat):
         flat.partition(count - 1)  # 0.06 s for 25 million floats; torch's kthvalue takes 0.7 s
     bound = float(flat[count - 1]) if count < len(flat) else torch.inf

@@ -116,9 +116,7 @@ def _damage(evidence: Evidence, values: Values) -> Callable[[Granules, Tensor], 
 
     def masked(granules: Granules, keep: Tensor) -> dict[Any, Tensor]:
         masks = granules.masks(keep)
-        return at_nodes(
-            {w: (values[w] * masks[w]).to(w.tensor(evidence.program).dtype) for w in masks}
-        )
+        return at_nodes({w: w.on_device(evidence.program, values[w] * masks[w]) for w in masks})
 
     with torch.no_grad():
         if evidence.data is not None:

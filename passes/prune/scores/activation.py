@@ -51,7 +51,7 @@ class Activation(Score):
                 weight, axis = watched[node.name]
                 rows = value.movedim(axis, 0).flatten(1)
                 kept = rows.abs() if self.statistic == "mean-abs" else rows != 0
-                totals[weight] = totals[weight] + kept.sum(dim=1, dtype=torch.float64)
+                totals[weight] = totals[weight] + kept.sum(dim=1, dtype=torch.float64).cpu()
                 counts[weight] += rows.shape[1]
 
         with torch.no_grad():

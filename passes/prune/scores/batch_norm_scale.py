@@ -52,5 +52,5 @@ def _scale(program: Program, layer: fx.Node) -> Tensor | None:
             arguments = ops.bind(user)
             gamma = arguments["weight"]
             if arguments["input"] is layer and gamma is not None and gamma.op == "get_attr":
-                return program.tensor(gamma).detach()
+                return program.tensor(gamma).detach().cpu()
     return None

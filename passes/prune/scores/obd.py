@@ -23,7 +23,14 @@ from torch.nn import functional as F
 from graphopt.errors import PassError
 from graphopt.passes.prune.evidence import Evidence, first_output
 from graphopt.passes.prune.granules import Granules
-from graphopt.passes.prune.scores.score import Score, Values, at_nodes, distinct, gradients
+from graphopt.passes.prune.scores.score import (
+    Score,
+    Values,
+    at_nodes,
+    distinct,
+    gradients,
+    leaves_of,
+)
 from graphopt.passes.prune.weights import Weight
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -61,7 +68,7 @@ class Obd(Score):
 
         def signs(like: Tensor) -> Tensor:
             drawn = torch.randint(0, 2, like.shape, generator=generator)
-            return (2 * drawn - 1).to(like.dtype)
+            return (2 * drawn - 1).to(like)
 
         sample = _gauss_newton if self.curvature == "gauss-newton" else _hessian
         totals = {w: torch.zeros(w.layout.shape) for w in weights}
@@ -123,7 +130,7 @@ def _hessian(
     evidence: Evidence, weights: Sequence[Weight], inputs: Any, labels: Tensor, signs: Signs
 ) -> tuple[dict[Weight, Tensor], float]:
     """One sample ``v * (Hess v)`` for the mean loss of the batch."""
-    leaves = {w: w.effective(evidence.program).clone().requires_grad_() for w in weights}
+    leaves = leaves_of(evidence, weights)
     directions = [signs(leaf) for leaf in leaves.values()]
     with torch.enable_grad():
         loss = evidence.loss_of(evidence.run(inputs, at_nodes(leaves)), labels)
@@ -139,4 +146,4 @@ def _hessian(
                 "set curvature: gauss-newton"
             ) from error
     rows = zip(leaves, directions, products, strict=True)
-    return {w: (v * product).float() for w, v, product in rows}, 1.0
+    return {w: (v * product).float().cpu() for w, v, product in rows}, 1.0

@@ -51,12 +51,18 @@ def gradients(
     inputs: tuple[object, ...],
 ) -> dict[Weight, Tensor]:
     """``d scalar(output) / d (W * M)`` of every weight, 0 where the output does not depend on it."""
-    leaves = {w: w.effective(evidence.program).clone().requires_grad_() for w in weights}
+    leaves = leaves_of(evidence, weights)
     with torch.enable_grad():
         result = scalar(evidence.run(inputs, at_nodes(leaves)))
         found = torch.autograd.grad(result, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
-    return {w: torch.zeros_like(leaf) if g is None else g for (w, leaf), g in pairs}
+    return {w: (torch.zeros_like(leaf) if g is None else g).cpu() for (w, leaf), g in pairs}
+
+
+def leaves_of(evidence: Evidence, weights: Sequence[Weight]) -> dict[Weight, Tensor]:
+    """``W * M`` of every weight where the program runs, for derivatives."""
+    program = evidence.program
+    return {w: w.on_device(program, w.effective(program)).clone().requires_grad_() for w in weights}
 
 
 def at_nodes(values: Values) -> dict[fx.Node, Tensor]:
