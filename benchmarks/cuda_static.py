@@ -28,8 +28,17 @@ from graphopt.backends.cpu.workload import Conv2d, Epilogue, Layout, Requantize
 from graphopt.backends.cuda.arch import ARCHS, Arch
 from graphopt.backends.cuda.build import build_library
 from graphopt.backends.cuda.conv import conv
-from graphopt.backends.cuda.conv_plan import TILES, ConvPlan, Tile, bounds, plan_conv, possible
-from graphopt.backends.cuda.products import PRODUCTS
+from graphopt.backends.cuda.conv_plan import (
+    STEP,
+    ConvPlan,
+    Tile,
+    bounds,
+    plan_conv,
+    possible,
+    tiles_of,
+)
+from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS
+from graphopt.backends.cuda.products import FRAGMENT_BYTES, PRODUCTS
 from graphopt.bench import markdown
 from graphopt.errors import BenchmarkError
 from graphopt.files import atomic_write
@@ -178,15 +187,17 @@ def measure(arch: Arch, products: Sequence[str], tiles: Sequence[str]) -> list[R
         plan_conv(_workload(name), arch, tile, PRODUCTS[name])
         for name in products
         if name in arch.products
-        for tile in TILES
+        for tile in tiles_of(arch)
         if possible(tile, arch, 16) and (not tiles or label(tile) in tiles)
     ]
     rows = []
     for plan, loop in zip(plans, machine_code(plans, arch), strict=True):
         tile = plan.tile
         warps = tile.threads // 32
-        # code without a loop would have been unrolled: its share of the steps
-        steps = 1 if loop.products <= tile.rows * tile.columns else plan.steps
+        # a loop of few instructions is unrolled: it has the products of several steps
+        fragments = tile.warp_rows // MMA_ROWS * tile.warp_columns // MMA_COLUMNS
+        of_a_fragment = arch.products[plan.product.name].count("mma.sync")
+        steps = loop.products / (fragments * of_a_fragment * STEP // FRAGMENT_BYTES)
         cycles = bounds(tile, arch)
         cycles["issue"] = loop.instructions * warps / _SCHEDULERS / steps
         about = (arch.name, plan.product.name, label(tile), warps, tile.held(arch))

@@ -15,8 +15,7 @@ from graphopt.backends.cuda.memory import INDEX_LIMIT, WIDEST
 from graphopt.backends.cuda.products import Product, item_bytes, product_of
 
 STEP = 64  # bytes of k that a block multiplies between two barriers
-# tiles in shared memory: one is read, the others are on their way; more than three where all may be declared statically
-_STAGES = (3, 8)
+_FEWEST_STAGES = 3  # tiles in shared memory: one is read, two are on their way; more where all may be declared statically
 _STATIC_BYTES = 48 * 1024
 STAGING_PAD = 16  # bytes between rows of staged outputs, against bank conflicts
 GROUP = 4  # bytes
@@ -41,11 +40,12 @@ _OUTPUT_CYCLES = 0.1  # of an output: a dozen instructions in 128 lanes
 
 @dataclass(frozen=True)
 class Tile:
-    """``rows x columns`` outputs of a block, by ``warps[0] x warps[1]`` warps."""
+    """``rows x columns`` outputs of a block, by ``warps[0] x warps[1]`` warps; at most ``most_stages`` steps in memory."""
 
     rows: int
     columns: int
     warps: tuple[int, int]
+    most_stages: int = 8
 
     @property
     def threads(self) -> int:
@@ -66,8 +66,8 @@ class Tile:
 
     @property
     def stages(self) -> int:
-        fewest, most = _STAGES
-        return max(fewest, min(most, _STATIC_BYTES // self.step_bytes))
+        static = max(_FEWEST_STAGES, _STATIC_BYTES // self.step_bytes)
+        return min(self.most_stages, static)
 
     @property
     def shared_bytes(self) -> int:
@@ -197,6 +197,11 @@ def fits(workload: Conv2d, product: Product | None = None) -> bool:
     return product.is_integer or residual is None or residual.dtype == workload.y.dtype
 
 
+def tiles_of(arch: Arch) -> tuple[Tile, ...]:
+    """Those of a chip. What passes through registers is a step ahead, however many stages there are."""
+    return TILES if arch.async_copy else tuple(replace(tile, most_stages=2) for tile in TILES)
+
+
 def possible(tile: Tile, arch: Arch, vector: int) -> bool:
     """True for a tile that the chip holds, and whose windows fit a thread's registers beside its sums."""
     windows = tile.rows * STEP // vector // tile.threads
@@ -252,7 +257,7 @@ def plan_conv(
     assert product is not None
     if tile is not None:
         return ConvPlan(workload, tile, product)
-    plans = [ConvPlan(workload, candidate, product) for candidate in TILES]
+    plans = [ConvPlan(workload, candidate, product) for candidate in tiles_of(arch)]
     found = [plan for plan in plans if possible(plan.tile, arch, plan.vector)]
     return min(found, key=lambda plan: cycles(plan, arch))
 
@@ -267,7 +272,7 @@ def split_steps(plan: ConvPlan, arch: Arch) -> ConvPlan:
         return plan
     plans = [
         replace(plan, tile=tile, splits=splits)
-        for tile in TILES
+        for tile in tiles_of(arch)
         if possible(tile, arch, plan.vector)
         for splits in _SPLITS
     ]

@@ -86,9 +86,10 @@ class Windows:
         down, right = bind(tap_row * w.dilation[0]), bind(tap_column * w.dilation[1])
         tap = bind(down * w.x.width + right)
         # channels that a tap lacks are multiplied by zeros: no harm in integers, but a float there could be NaN
-        valid = int32(plan.vector)
+        valid = None
         if plan.tap_channels > w.x.channels and not plan.product.is_integer:
-            valid = bind(tirx.min(valid, (int32(w.x.channels) - channel) * size))
+            left = (int32(w.x.channels) - channel) * size
+            valid = bind(tirx.min(int32(plan.vector), left))
         base = self.tile.stage(stage)
         for window in self.windows:
             line, column = window.top + down, window.left + right
@@ -102,16 +103,18 @@ class Windows:
             )
             self._copy(base + window.target, window.pixel + tap, channel, inside, valid)
 
-    def _copy(self, at: Expr, pixel: Expr, channel: Expr, inside: Expr, valid: Expr) -> None:
+    def _copy(self, at: Expr, pixel: Expr, channel: Expr, inside: Expr, valid: Expr | None) -> None:
         """One vector of a window, or of what stands for it outside the map."""
         target = T.address_of(self.tile.memory[at])
         source = T.address_of(self.x.flat[self.x.at(pixel, channel)])
         w, size = self.workload, self.plan.vector
         byte = w.x_zero_point % 256
-        if byte == 0 or not _leaves_map(w):
-            self.device.copy_part(target, source, size, bind(select(inside, valid, int32(0))))
-        else:
+        if byte != 0 and _leaves_map(w):
             self.device.copy_or(target, source, size, inside, byte)
+        elif valid is None:
+            self.device.copy_where(target, source, size, inside)
+        else:
+            self.device.copy_part(target, source, size, bind(select(inside, valid, int32(0))))
 
     def _tap(self, k: Expr) -> list[Expr]:
         """Tap row, tap column and channel of an element of k."""

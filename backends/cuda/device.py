@@ -33,6 +33,12 @@ def _cache(size: int) -> str:
     return "cg" if size == 16 else "ca"
 
 
+def _repeated(size: int, byte: int) -> str:
+    """``size`` times a byte, as CUDA's initializer of the type that is copied."""
+    words = [hex(byte * 0x01010101) + "u"] * (size // 4)
+    return f"{{{', '.join(words or [hex(byte * 0x0101)])}}}"
+
+
 class Device:
     """The functions of one architecture; call them inside an open builder."""
 
@@ -87,14 +93,25 @@ class Device:
         signature = f"void {name}(uchar* to, const void* from)"
         self._call(name, signature, body, target, source)
 
+    def copy_where(self, target: Expr, source: Expr, size: int, inside: Expr) -> None:
+        """As ``copy`` where ``inside``, and zeros elsewhere."""
+        name, kind = f"graphopt_copy_where_{size}", _COPY_TYPES[size]
+        if self._is_async(size):
+            body = self._partial_copy(size, f"inside ? {size} : 0")
+        else:
+            body = f"""\
+  {kind} value = {_repeated(size, 0)};
+  if (inside) value = *(const {kind}*)from;
+  *({kind}*)to = value;
+"""
+        signature = f"void {name}(uchar* to, const void* from, bool inside)"
+        self._call(name, signature, body, target, source, inside)
+
     def copy_part(self, target: Expr, source: Expr, size: int, valid: Expr) -> None:
         """As ``copy``, only the first ``valid`` bytes (an even number, or all, or 0) read and zeros behind them."""
         name = f"graphopt_copy_part_{size}"
         if self._is_async(size):
-            body = f"""\
-  asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size}, %2;"
-               :: "r"({_shared_address("to")}), "l"(from), "r"(valid) : "memory");
-"""
+            body = self._partial_copy(size, "valid")
         else:
             kind = _COPY_TYPES[size]
             body = f"""\
@@ -109,6 +126,12 @@ class Device:
         signature = f"void {name}(uchar* to, const void* from, int valid)"
         self._call(name, signature, body, target, source, valid)
 
+    def _partial_copy(self, size: int, valid: str) -> str:
+        return f"""\
+  asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size}, %2;"
+               :: "r"({_shared_address("to")}), "l"(from), "r"({valid}) : "memory");
+"""
+
     def _is_async(self, size: int) -> bool:
         return self.arch.async_copy and size >= 4  # cp.async copies no less
 
@@ -118,18 +141,16 @@ class Device:
         Those are copied too, from a constant: a store beside the copies would be a second way through the loop.
         """
         name, kind = f"graphopt_copy_or_{byte}_{size}", _COPY_TYPES[size]
-        words = ", ".join([hex(byte * 0x01010101) + "u"] * (size // 4))
-        line, before = f"graphopt_bytes_{byte}_{size}", ""
+        line = f"graphopt_bytes_{byte}_{size}"
+        before = f"static __device__ const {kind} {line} = {_repeated(size, byte)};\n"
+        body = f"  const void* chosen = inside ? from : (const void*)&{line};\n"
         if self._is_async(size):
-            before = f"static __device__ const {kind} {line} = {{{words}}};\n"
-            body = f"""\
-  const void* chosen = inside ? from : (const void*)&{line};
+            body += f"""\
   asm volatile("cp.async.{_cache(size)}.shared.global [%0], [%1], {size};"
                :: "r"({_shared_address("to")}), "l"(chosen) : "memory");
 """
         else:
-            value = words if size == 4 else f"make_{kind}({words})"
-            body = f"  *({kind}*)to = inside ? *(const {kind}*)from : {value};\n"
+            body += f"  *({kind}*)to = *(const {kind}*)chosen;\n"
         signature = f"void {name}(uchar* to, const void* from, bool inside)"
         self._call(name, signature, body, target, source, inside, before=before)
 

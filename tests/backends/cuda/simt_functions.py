@@ -80,7 +80,7 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
         return _shuffle(grid, shuffle[1], *values[1:4])
     if name == "tirx.cuda.__activemask":
         return np.uint32(0xFFFFFFFF)
-    copy = re.fullmatch(r"graphopt_(copy|copy_part|copy_or_\d+|wait)_(\d+)", name)
+    copy = re.fullmatch(r"graphopt_(copy|copy_part|copy_where|copy_or_\d+|wait)_(\d+)", name)
     assert copy is not None, f"{name} has no definition here"
     size = int(copy[2])
     if copy[1] == "wait":
@@ -88,6 +88,7 @@ def call(grid: Any, name: str, values: list[Any]) -> Any:
     fill = 0
     if copy[1].startswith("copy_or_"):
         fill = int(copy[1].removeprefix("copy_or_"))
+    if copy[1] not in ("copy", "copy_part"):
         values[2] = np.where(values[2], size, 0)
     return grid.announce(*values[:2], size, grid.asynchronous and size >= 4, *values[2:], fill=fill)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graphopt.backends.cuda.arch import ARCHS
-from graphopt.backends.cuda.conv_plan import TILES, Tile
+from graphopt.backends.cuda.conv_plan import TILES, Tile, tiles_of
 from tests.backends.cuda.harness import ConvCase, conv_workload
 
 SMALL = Tile(32, 32, (2, 2))
@@ -66,9 +66,13 @@ def test_a_batch_that_is_known_only_at_the_call() -> None:
     assert (case.by_tensor_cores(SMALL) == case.expected()).all()
 
 
-def test_turing_copies_at_once() -> None:
-    case = ConvCase(conv_workload((36, 16)))
-    assert (case.by_tensor_cores(SMALL, ARCHS["sm_75"]) == case.expected()).all()
+@pytest.mark.parametrize("zero_point", [0, 11])
+def test_turing_copies_at_once_into_two_stages(zero_point: int) -> None:
+    case = ConvCase(conv_workload((36, 16), x_zero_point=zero_point))
+    turing = ARCHS["sm_75"]
+    tile = tiles_of(turing)[-1]
+    assert (tile.rows, tile.stages) == (32, 2)
+    assert (case.by_tensor_cores(tile, turing) == case.expected()).all()
 
 
 def test_extremes_do_not_saturate() -> None:
