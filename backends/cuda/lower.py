@@ -30,8 +30,8 @@ from graphopt.backends.cuda.pointwise import add, concat, convert, mul
 from graphopt.backends.cuda.pool import pool
 from graphopt.backends.cuda.products import PRODUCTS, product_of
 from graphopt.backends.cuda.sparse_conv import sparse_conv
-from graphopt.backends.cuda.sparse_pack import KEPT, pack_sparse
-from graphopt.backends.cuda.sparse_plan import sparse_form
+from graphopt.backends.cuda.sparse_pack import KEPT, pack_sparse, pack_sparse_float
+from graphopt.backends.cuda.sparse_plan import SparseForm, sparse_form
 from graphopt.backends.lower import convolution, elementwise
 from graphopt.backends.lower.convolution import BatchNormStep, ConvolutionStep
 from graphopt.backends.lower.elementwise import AddStep, ConcatStep, ConvertStep, MulStep, PoolStep
@@ -58,6 +58,13 @@ def _kernel(
     function: Any, constants: tuple[Array, ...] = (), macs: int = 0, form: str = ""
 ) -> Kernel:
     return Kernel(str(function.attrs["global_symbol"]), function, constants, macs, form=form)
+
+
+def _compared(kernel: Kernel, sparse: SparseForm | None) -> Kernel:
+    """The kernel of a layer of which there is a sparse form, with what that would gain, or gains."""
+    if sparse is None:
+        return kernel
+    return replace(kernel, density=KEPT / GROUP, sparse_gain=sparse.gain)
 
 
 class CudaKernels(KernelSource):
@@ -118,16 +125,12 @@ class CudaKernels(KernelSource):
         plan = split_steps(plan_conv(workload, self.arch), self.arch)
         sparse = sparse_form(plan, weight, self.arch)
         if sparse is not None and sparse.pays:
-            function, packed = (
-                sparse_conv(sparse.plan, self.arch),
-                pack_sparse(sparse.plan, *constants),
-            )
-            kernel = _kernel(function, tuple(packed), workload.macs, "mma.sp")
-        else:
-            kernel = self._product(plan, pack_conv(plan, *constants), "mma")
-        if sparse is None:
-            return kernel
-        return replace(kernel, density=KEPT / GROUP, sparse_gain=sparse.gain)
+            return self._sparse_product(sparse, pack_sparse(sparse.plan, *constants), "mma.sp")
+        return _compared(self._product(plan, pack_conv(plan, *constants), "mma"), sparse)
+
+    def _sparse_product(self, sparse: SparseForm, packed: list[Array], form: str) -> Kernel:
+        function, macs = sparse_conv(sparse.plan, self.arch), sparse.plan.workload.macs
+        return _compared(_kernel(function, tuple(packed), macs, form), sparse)
 
     def _product(self, plan: ConvPlan, packed: list[Array], form: str) -> Kernel:
         """A matrix product, by a second kernel where several blocks share a tile."""
@@ -148,7 +151,12 @@ class CudaKernels(KernelSource):
         product = PRODUCTS[TF32] if in_tf32 else product_of(x.dtype)
         if product is not None and not statistics and fits(workload, product):
             plan = split_steps(plan_conv(workload, self.arch, product=product), self.arch)
-            return self._product(plan, pack_float_conv(plan, weight, bias), f"mma {product.name}")
+            sparse = sparse_form(plan, weight, self.arch)
+            if sparse is not None and sparse.pays:
+                packed = pack_sparse_float(sparse.plan, weight, bias)
+                return self._sparse_product(sparse, packed, f"mma.sp {product.name}")
+            packed = pack_float_conv(plan, weight, bias)
+            return _compared(self._product(plan, packed, f"mma {product.name}"), sparse)
         if {x.dtype, y.dtype} == {FLOAT32}:
             packed = pack_float(workload, weight, bias)
             return _kernel(float_conv(workload), tuple(packed), workload.macs)

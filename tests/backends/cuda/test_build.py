@@ -71,6 +71,8 @@ def _kernels(arch: Arch) -> dict[str, Any]:
     if arch.sparse:
         cut = ((large, SPARSE_TILES[0]), (small, SPARSE_TILES[-1]))
         functions += [sparse_conv(plan_sparse(one, arch, tile), arch) for one, tile in cut]
+        half = float_workload("float16", (64, 256), size=(14, 14), batch=None)
+        functions += [sparse_conv(plan_sparse(half, arch, SPARSE_TILES[0]), arch)]
     return {str(function.attrs["global_symbol"]): function for function in functions}
 
 
@@ -114,7 +116,8 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     ]
     assert re.search(rf"IMMA\.{shape}\.U8\.S8", text)
     assert re.search(rf"HMMA\.{halves}\.F32 ", text)
-    assert bool(re.search(r"IMMA\.SP\.16864\.S8\.U8", text)) == ARCHS[name].sparse
+    for sparse in (r"IMMA\.SP\.16864\.S8\.U8", r"HMMA\.SP\.16832\.F32 "):
+        assert bool(re.search(sparse, text)) == ARCHS[name].sparse
     assert re.search(r"IDP\.4A\.U8\.S8", text)
     assert re.search(r"IDP\.4A\.S8\.S8", text)
     assert re.search(r"LDSM", text)
