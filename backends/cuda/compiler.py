@@ -14,6 +14,7 @@ from graphopt.artifact import Artifact
 from graphopt.backends.cuda.arch import ARCHS
 from graphopt.backends.cuda.build import build_library
 from graphopt.backends.cuda.cast_to_float16 import CastToFloat16, kept_in_float32
+from graphopt.backends.cuda.half_products import spell_half_products
 from graphopt.backends.cuda.lower import SELECTORS, CudaKernels
 from graphopt.backends.integerize import integerize, kept_in_float
 from graphopt.backends.lower.emit import emit_kernels
@@ -57,7 +58,7 @@ class GpuCompiler:
     def run(self) -> Artifact:
         """The artifact, every quantized layer in integers, the others in ``precision``. Raises CompileError."""
         program = self._timed("prepare", self._prepare)
-        plan = make_plan(program, SELECTORS, margins=False)
+        plan = make_plan(spell_half_products(program), SELECTORS, margins=False)
         kernels = CudaKernels(plan.program, self.arch, self.precision)
         lowered = self._timed("kernels", lambda: emit_kernels(plan, kernels, Orders()))
         inputs = tuple(pytree.tree_leaves(program.example_inputs))

@@ -77,7 +77,14 @@ def _both(reduce: Any, find: Any) -> Convert:
     return convert
 
 
+def _half_matmul(node: fx.Node, importer: Any) -> Any:
+    """``graphopt::half_matmul``: float16 in, float32 sums out."""
+    a, b = (importer.env[value] for value in node.args)
+    return importer.block_builder.emit(relax.op.matmul(a, b, out_dtype="float32"))
+
+
 CONVERTERS: dict[str, Convert] = {
+    "half_matmul.default": _half_matmul,
     "amax.default": _reduced(relax.op.max),
     "amin.default": _reduced(relax.op.min),
     "argmax.default": _placed(relax.op.argmax),

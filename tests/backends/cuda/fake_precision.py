@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 import graphopt as go
 from graphopt.backends.cuda import build
 from tests.backends.cuda.fake_gpu import Driver, check_faults
+from tests.models import TransformerBlock
 from tests.random_graphs import random_model
 
 
@@ -49,7 +51,7 @@ class Dense(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3)
         self.norm, self.second = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
-        self.norm.running_mean.uniform_(-1, 1)  # type: ignore[operator, union-attr]
+        self.norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(nn.functional.pad(x, (1, 1, 2, 0)))
@@ -83,6 +85,7 @@ def _networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, .
         "three channels": lambda: (Residual(3), (torch.randn(3, 3, 7, 7),)),
         "one channel": lambda: (Residual(1), (torch.randn(1, 1, 9, 6),)),
         "block": lambda: (Block(), (torch.randint(0, 11, (2, 7)),)),
+        "tokens": lambda: (TransformerBlock(), (torch.randn(2, 5, 16),)),
         "dense": lambda: (Dense(), (torch.randn(2, 3, 7, 5),)),
     }
 
@@ -111,11 +114,13 @@ def main(names: list[str]) -> None:
     """Every ``precision:network``, with ``:dynamic`` for a range of batches. A number is a random network's seed."""
     Driver()
     # the interpreter needs no machine code, and the driver only looks how it begins
-    build.find_nvcc = lambda: Path("nvcc")
-    build.compile_source = lambda source, arch: b"\x7fELF"  # type: ignore[assignment]
-    for name in names:
-        precision, network, *rest = name.split(":")
-        _run(network, precision, bool(rest))
+    with (
+        mock.patch.object(build, "find_nvcc", return_value=Path("nvcc")),
+        mock.patch.object(build, "compile_source", return_value=b"\x7fELF"),
+    ):
+        for name in names:
+            precision, network, *rest = name.split(":")
+            _run(network, precision, bool(rest))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class _Tokens(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         x = self.block(self.words(words))
         # RMS norm, spelled out
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()  # type: ignore[no-any-return]
 
 
 def test_a_transformer() -> None:
