@@ -137,4 +137,4 @@ class _Block:
     def _results(self, sums: Buffer) -> list[Result]:
         lane = bind(tirx.floormod(self.place.thread, 32))
         mine = sums_of(lane, *self._warp(), self.row_tiles, self.column_tiles)
-        return [Result(at.row, at.column, sums[at.register]) for at in mine]
+        return [Result(at.row, at.column, sums[at.register], sums[at.register + 1]) for at in mine]

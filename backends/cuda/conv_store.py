@@ -31,11 +31,31 @@ from graphopt.backends.cuda.stream import vector
 
 @dataclass(frozen=True)
 class Result:
-    """A sum of the thread: row (output) and column (channel) within the block's tile, and its value."""
+    """A sum of the thread: row (output) and column (channel) within the block's tile, and its value.
+
+    ``following`` is the sum of the next column, where the thread has that too; the column is even then.
+    """
 
     row: Expr
     column: Expr
     total: Expr
+    following: Expr | None = None
+
+    @property
+    def totals(self) -> list[Expr]:
+        return [self.total] if self.following is None else [self.total, self.following]
+
+
+def store_elements(target: Buffer, at: Expr, elements: Sequence[Expr]) -> None:
+    """One or two neighbouring elements by one instruction."""
+    if len(elements) == 1:
+        T.buffer_store(target, elements[0], [at])
+        return
+    dtype = str(target.dtype)
+    values = T.alloc_buffer((len(elements),), dtype, scope="local")
+    for i, element in enumerate(elements):
+        T.buffer_store(values, element, [i])
+    T.add_to_parent(target.vstore(at, values.vload(0, vector(dtype, len(elements)))))
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ class ConvStore:
         self.residual = None if workload.residual is None else View(workload.residual, flats[-2])
         self.shared = shared
         self.pitch = plan.tile.columns + STAGING_PAD // item_bytes(workload.y.dtype)
-        self._channel: tuple[Expr, tuple[Expr, ...]] | None = None
+        self._known: dict[int, tuple[Expr, tuple[Expr, ...]]] = {}
 
     def emit(self, results: Sequence[Result]) -> None:
         """Store every sum; all threads of the block come here after a barrier. A column's results lie together."""
@@ -86,22 +106,26 @@ class ConvStore:
             synchronize()
         for result in results:
             at = bind(result.row * self.pitch + result.column)
-            other = None if early is None else self._staged_residual(staged, result, at)
-            T.buffer_store(staged, T.cast(self._element(result, other), dtype), [at])
+            elements = []
+            for i, total in enumerate(result.totals):
+                other = None if early is None else self._staged_residual(staged, result, i)
+                elements.append(T.cast(self._element(total, result.column, i, other), dtype))
+            store_elements(staged, at, elements)
         synchronize()
         self._each_group(lambda at: self._store_group(staged, at))
 
-    def _staged_residual(self, staged: Buffer, result: Result, at: Expr) -> Expr:
+    def _staged_residual(self, staged: Buffer, result: Result, i: int) -> Expr:
         """A residual from shared memory, where only those came that exist."""
         output = self.place.first_output + result.row
-        channel = self._parameters(result.column)[0]
+        channel = self._parameters(result.column, i)[0]
         there = tirx.all(output < self.place.outputs, channel < self.y.stored_channels)
-        return tirx.if_then_else(there, staged[at], tirx.const(0, str(staged.dtype)))
+        element = staged[result.row * self.pitch + result.column + i]
+        return tirx.if_then_else(there, element, tirx.const(0, str(staged.dtype)))
 
-    def _element(self, result: Result, residual: Expr | None) -> Expr:
-        """What is stored of a sum; that of bytes lacks its residual."""
-        _, *parameters = self._parameters(result.column)
-        total, epilogue = result.total, self.workload.epilogue
+    def _element(self, total: Expr, column: Expr, i: int, residual: Expr | None) -> Expr:
+        """What is stored of the sum of column ``column + i``; that of bytes lacks its residual."""
+        _, *parameters = self._parameters(column, i)
+        epilogue = self.workload.epilogue
         value = bind(total + parameters[0])
         if self.plan.product.is_integer:
             if epilogue.requantize is not None:
@@ -111,24 +135,35 @@ class ConvStore:
             value = bind(value + T.cast(residual, "float32"))
         return apply_activation(epilogue.activation, value)
 
-    def _parameters(self, column: Expr) -> tuple[Expr, ...]:
-        """Channel, bias and multiplier of a column, once for all its results."""
-        if self._channel is None or self._channel[0] is not column:
-            channel = bind(self.place.first_channel + column)
+    def _parameters(self, column: Expr, i: int) -> tuple[Expr, ...]:
+        """Channel, bias and multiplier of column ``column + i``, once for all its results."""
+        known = self._known.get(i)
+        if known is None or known[0] is not column:
+            channel = bind(self.place.first_channel + column + i)
             constants = self.flats[2 : 4 if self.plan.product.is_integer else 3]
-            values = (channel, *(bind(constant[channel]) for constant in constants))
-            self._channel = column, values
-        return self._channel[1]
+            known = column, (channel, *(bind(constant[channel]) for constant in constants))
+            self._known[i] = known
+        return known[1]
 
     def _store_floats(self, results: Sequence[Result]) -> None:
-        y, residual = self.y, self.residual
+        y = self.y
+        pairs = access(*(view.layout for view in (y, self.residual) if view is not None)) > 1
         for result in results:
             output = bind(self.place.first_output + result.row)
-            channel = self._parameters(result.column)[0]
-            inside = tirx.all(output < self.place.outputs, channel < y.layout.channels)
-            with T.If(inside), T.Then():
-                other = None if residual is None else residual.flat[residual.at(output, channel)]
-                T.buffer_store(y.flat, self._element(result, other), [y.at(output, channel)])
+            count = len(result.totals)
+            channels = [self._parameters(result.column, i)[0] for i in range(count)]
+            steps = [range(count)] if pairs else [range(i, i + 1) for i in range(count)]
+            for step in steps:
+                exists = channels[step[0]] < y.layout.channels
+                with T.If(tirx.all(output < self.place.outputs, exists)), T.Then():
+                    elements = [self._float(result, output, i) for i in step]
+                    store_elements(y.flat, y.at(output, channels[step[0]]), elements)
+
+    def _float(self, result: Result, output: Expr, i: int) -> Expr:
+        """The float32 element of a sum, with its residual."""
+        residual, channel = self.residual, self._parameters(result.column, i)[0]
+        other = None if residual is None else residual.flat[residual.at(output, channel)]
+        return self._element(result.totals[i], result.column, i, other)
 
     def _each_group(self, body: Callable[[_Group], None]) -> None:
         """The tile's outputs that exist, in groups of neighbouring channels that one instruction moves."""

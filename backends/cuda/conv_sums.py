@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.stream import Argument, kernel_name
 from graphopt.backends.cuda.conv_plan import ConvPlan
-from graphopt.backends.cuda.conv_store import Result
+from graphopt.backends.cuda.conv_store import Result, store_elements
 from graphopt.backends.cuda.conv_windows import BlockPlace
 from graphopt.backends.cuda.epilogue import apply_activation, finish, int32, to_float
 from graphopt.backends.cuda.memory import View, activation, build
@@ -49,7 +49,7 @@ def store_sums(
         there, line = rows[id(result.row)]
         channel = place.first_channel + result.column
         with T.If(there), T.Then():
-            T.buffer_store(target, result.total, [line * plan.padded_channels + channel])
+            store_elements(target, line * plan.padded_channels + channel, result.totals)
 
 
 def finish_sums(plan: ConvPlan) -> PrimFunc:

@@ -80,19 +80,16 @@ class Sum:
 def sums_of(
     lane: Expr, first_row: Expr, first_column: Expr, row_tiles: int, column_tiles: int
 ) -> list[Sum]:
-    """The registers of ``row_tiles x column_tiles`` products, four each, column by column.
+    """Every other register of ``row_tiles x column_tiles`` products, column by column: the next one is of the next column.
 
     The sums of a column, and those of a row, have the same expression for it.
     """
     row = bind(first_row + tirx.floordiv(lane, 4))
     column = bind(first_column + tirx.floormod(lane, 4) * 2)
     rows = [bind(row + i * 8) for i in range(2 * row_tiles)]
-    columns = [
-        bind(column + j * MMA_COLUMNS + odd) for j in range(column_tiles) for odd in range(2)
-    ]
     found = []
-    for j, at_column in enumerate(columns):
+    for j in range(column_tiles):
+        at_column = bind(column + j * MMA_COLUMNS)
         for i, at_row in enumerate(rows):
-            register = (i // 2 * column_tiles + j // 2) * 4 + i % 2 * 2 + j % 2
-            found.append(Sum(at_row, at_column, register))
+            found.append(Sum(at_row, at_column, (i // 2 * column_tiles + j) * 4 + i % 2 * 2))
     return found
