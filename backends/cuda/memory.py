@@ -68,16 +68,19 @@ class View:
 
     @property
     def stored_channels(self) -> int:
-        """Channels of a pixel that a kernel may write: those up to the next tensor's, in whole groups of four bytes."""
-        return self.layout.channels if self.layout.shared else self.layout.channel_stride
+        return stored_channels(self.layout)
+
+
+def stored_channels(layout: Layout) -> int:
+    """Channels of a pixel that a kernel may touch: those up to the next tensor's, in whole groups."""
+    return layout.channels if layout.shared else layout.channel_stride
 
 
 def access(*layouts: Layout) -> int:
     """Elements that one instruction may move in all of these: a power of two, 16 bytes at most."""
     sizes = [WIDEST // item_bytes(layout.dtype) for layout in layouts]
     for layout in layouts:
-        stored = layout.channels if layout.shared else layout.channel_stride
-        sizes += [stored, layout.channel_stride, layout.first_channel]
+        sizes += [stored_channels(layout), layout.channel_stride, layout.first_channel]
     return math.gcd(*sizes) if sizes else 1
 
 

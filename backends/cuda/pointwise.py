@@ -58,7 +58,7 @@ def _binary(kind: str, workload: Add | Mul, combine: Combine) -> PrimFunc:
             values = [combine(p, q) for p, q in zip(xs, ys, strict=True)]
             store_group(result, at.pixel, at.channel, values)
 
-        each_group(batch, result, group, emit)
+        each_group(batch, result, group, emit, read=(a, b))
 
     return build(kernel_name(f"cuda_{kind}", _legible(y), _no_fills(workload)), arguments, body)
 
@@ -127,7 +127,8 @@ def convert(workload: Convert) -> PrimFunc:
             _Ordered(y, flats[1], workload.y_order),
         )
         orders = ((x, workload.x_order), (y, workload.y_order))
-        group = group_of(*(layout for layout, order in orders if order == "nhwc"))
+        by_pixels = [layout for layout, order in orders if order == "nhwc"]
+        group = group_of(*by_pixels)
 
         def emit(at: Place) -> None:
             values = source.load(at, group)
@@ -135,7 +136,7 @@ def convert(workload: Convert) -> PrimFunc:
 
         # in NCHW the channels beyond the last are nowhere: threads go by the channels of the NHWC side
         shaping = View(y if workload.y_order == "nhwc" else x, flats[1])
-        each_group(batch, shaping, group, emit, pixels_first=nchw)
+        each_group(batch, shaping, group, emit, pixels_first=nchw, read=by_pixels)
 
     name = kernel_name("cuda_convert", _legible(y), _no_fills(workload))
     return build(name, arguments, body)

@@ -48,6 +48,7 @@ def pool(workload: Pool2d) -> PrimFunc:
             result,
             group,
             lambda at: store_group(result, at.pixel, at.channel, window.reduce(at)),
+            read=(x,),
         )
 
     legible = f"{workload.kind}_{y.height}x{y.width}x{y.channels}"

@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu.emit import Buffer, Expr, bind
 from graphopt.backends.cpu.workload import Layout
-from graphopt.backends.cuda.memory import View, ceil_div, split
+from graphopt.backends.cuda.memory import View, ceil_div, split, stored_channels
 
 THREADS = 256
 GROUP = 4  # elements of a group, where every tensor has whole ones
@@ -21,8 +21,7 @@ def group_of(*layouts: Layout) -> int:
     """Elements that one thread takes of each of these: 4, 2 or 1, as they lie."""
     sizes = [GROUP]
     for layout in layouts:
-        stored = layout.channels if layout.shared else layout.channel_stride
-        sizes += [stored, layout.channel_stride, layout.first_channel]
+        sizes += [stored_channels(layout), layout.channel_stride, layout.first_channel]
     return math.gcd(*sizes)
 
 
@@ -38,14 +37,19 @@ class Place:
 
 
 def each_group(
-    batch: Expr, y: View, group: int, body: Callable[[Place], None], pixels_first: bool = False
+    batch: Expr,
+    y: View,
+    group: int,
+    body: Callable[[Place], None],
+    pixels_first: bool = False,
+    read: Sequence[Layout] = (),
 ) -> None:
-    """Launch a thread for every group of y's stored channels.
+    """Launch a thread for every group of channels that y stores, and all that are ``read``: others' pad channels may lie nowhere.
 
     Neighbouring threads take neighbouring channels, or pixels where ``pixels_first``: what is contiguous on the strided side.
     """
     layout = y.layout
-    groups = y.stored_channels // group
+    groups = min(map(stored_channels, (layout, *read))) // group
     pixels = batch * (layout.height * layout.width)
     total = pixels * groups
     with (

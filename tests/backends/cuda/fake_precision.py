@@ -17,6 +17,8 @@ from torch import nn
 
 import graphopt as go
 from graphopt.backends.cuda import build
+from graphopt.backends.integerize import integerize
+from graphopt.preparation import simplified
 from tests.backends.cuda.fake_gpu import Driver, check_faults
 from tests.models import TransformerBlock
 from tests.random_graphs import random_model
@@ -60,6 +62,32 @@ class Dense(nn.Module):
         return (y[:, :8] + y[:, 8:]).flatten(1)
 
 
+class Deep(nn.Module):
+    """Few outputs of great depth, whose sums several blocks share; a residual on top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 320, 1), nn.Conv2d(320, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.relu()
+        return nn.functional.max_pool2d((self.second(self.first(x)) + x).relu(), 2)
+
+
+class Mixed(nn.Module):
+    """For an integer network: two quantized layers around one in float, a sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, 9, 3, 2), nn.Conv2d(9, 9, 3, padding=1)
+        self.last = nn.Linear(9, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = x * self.middle(x).sigmoid()
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """A transformer block behind an embedding: attention, layer norms, GELU, softmax at the end."""
 
@@ -86,6 +114,8 @@ def _networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, .
         "one channel": lambda: (Residual(1), (torch.randn(1, 1, 9, 6),)),
         "block": lambda: (Block(), (torch.randint(0, 11, (2, 7)),)),
         "tokens": lambda: (TransformerBlock(), (torch.randn(2, 5, 16),)),
+        "deep": lambda: (Deep(), (torch.randn(1, 8, 4, 5),)),
+        "mixed": lambda: (Mixed(), (torch.randn(2, 3, 9, 8),)),
         "dense": lambda: (Dense(), (torch.randn(2, 3, 7, 5),)),
     }
 
@@ -95,6 +125,9 @@ def _run(name: str, precision: str, dynamic: bool = False) -> None:
     model, inputs = _network(name)
     batches = (1, 4) if dynamic else None
     program = go.capture(model.eval(), inputs, dynamic_batch=batches)
+    if name == "mixed":
+        program = go.passes.Quantize(calibration=[inputs])(program)
+        program = integerize(simplified(program), ["conv2d_1"])
     artifact = go.compile(program, "sm_80", precision=precision)
     if dynamic:
         inputs = tuple(x[:1] for x in inputs)

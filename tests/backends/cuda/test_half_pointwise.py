@@ -46,7 +46,8 @@ def _wide(values: Array) -> torch.Tensor:
 @pytest.mark.parametrize("other_dtype", ["float16", "float32"])
 def test_sums_and_products(channels: int, other_dtype: str) -> None:
     x, y = _half((3, 4), channels), _half((3, 4), channels, None)
-    other = image(2, (3, 4), channels, other_dtype, channel_stride=in_fours(channels))
+    stride = in_fours(channels) if other_dtype == "float16" else channels
+    other = image(2, (3, 4), channels, other_dtype, channel_stride=stride)
     a, b = _values(x), _values(other)
     for kernel, combine in (
         (add(Add(x, other, y, activation=Activation("relu"))), torch.add),
@@ -69,7 +70,7 @@ def test_one_value_a_channel() -> None:
 @pytest.mark.parametrize("y_dtype", ["float16", "float32"])
 def test_pools(kind: str, y_dtype: str) -> None:
     x = _half((7, 6), 6)
-    y = image(2, (4, 3), 6, y_dtype, channel_stride=8)
+    y = image(2, (4, 3), 6, y_dtype, channel_stride=8 if y_dtype == "float16" else 6)
     given, result = _values(x), _empty(y)
     given[0, 2, 2, 1] = np.inf
     workload = Pool2d(kind, x, y, (3, 3), (2, 2), (1, 1), count_include_pad=False)
@@ -108,7 +109,7 @@ def test_concatenation() -> None:
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
 def test_casts(orders: tuple[str, str], dtypes: tuple[str, str]) -> None:
     layouts = [
-        image(2, (3, 5), 3, dtype, channel_stride=3 if order == "nchw" else 4)
+        image(2, (3, 5), 3, dtype, channel_stride=4 if (dtype, order) == ("float16", "nhwc") else 3)
         for dtype, order in zip(dtypes, orders, strict=True)
     ]
     x, y = layouts
@@ -134,3 +135,13 @@ def test_quantized_from_float16_and_back() -> None:
     run(convert(Convert(q, x, scale=0.05, x_zero_point=100)), result, back)
     floats = torch.ops.graphopt.dequantize(want, 0.05, 100)
     assert (logical(x, back) == floats.half().numpy()).all()
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_quantized_from_float32_of_odd_channels(channels: int) -> None:
+    """Bytes have whole fours of channels and float32 has not: no channel is read that is not there."""
+    x, q = image(2, (3, 4), channels, "float32"), image(2, (3, 4), channels)
+    given, result = _values(x), np.zeros((2, *q.shape), np.uint8)
+    run(convert(Convert(x, q, scale=20.0, requantize=Requantize(100, 0, 255))), given, result)
+    want = torch.ops.graphopt.quantize(torch.from_numpy(given), 0.05, 100, 0, 255)
+    assert (logical(q, result) == want.numpy()).all()

@@ -176,6 +176,7 @@ _TF32 = 6 * 2 * 2.0**-11
 _QUICK = (
     "float16:three channels:dynamic",
     "float16:dense",
+    "float16:mixed",
     "float16:tokens:dynamic",
     "tf32:one channel",
 )
@@ -204,5 +205,6 @@ def _check(found: dict[str, Any]) -> None:
 def test_more_networks(tmp_path: Path) -> None:
     more = ("float16:three channels", "float16:one channel", "tf32:three channels", "tf32:dense")
     seeds = [f"{precision}:{seed}" for precision in ("float16", "tf32") for seed in range(16)]
-    blocks = [f"{precision}:block" for precision in ("float32", "tf32", "float16")]
-    _check(_lines(tmp_path, *more, *blocks, *seeds))
+    every = ("float32", "tf32", "float16")
+    both = [f"{precision}:{name}" for precision in every for name in ("block", "mixed", "deep")]
+    _check(_lines(tmp_path, *more, *both, *seeds))
