@@ -17,7 +17,13 @@ from graphopt.backends.cpu.stream import Argument, kernel_name
 from graphopt.backends.cpu.workload import Conv2d
 from graphopt.backends.cuda.epilogue import finish, int32
 from graphopt.backends.cuda.memory import View, activation, build, ceil_div, split
-from graphopt.backends.cuda.stream import accumulators, load_group, store_group, vector
+from graphopt.backends.cuda.stream import (
+    accumulators,
+    group_of,
+    load_group,
+    store_group,
+    vector,
+)
 
 COLUMNS = 4
 GROUP = 4
@@ -131,4 +137,14 @@ class _Strip:
                     )
                     for i in range(GROUP)
                 ]
-                store_group(self.y, pixel + output, self.channel, values)
+                self._store_values(bind(pixel + output), values)
+
+    def _store_values(self, pixel: Expr, values: list[Expr]) -> None:
+        """Four channels of y, or those that it has: floats do not stand in fours."""
+        layout = self.workload.y
+        if group_of(layout) == GROUP:
+            store_group(self.y, pixel, self.channel, values)
+            return
+        for i, value in enumerate(values):
+            with T.If(self.channel + i < layout.channels), T.Then():
+                T.buffer_store(self.y.flat, value, [self.y.at(pixel, self.channel + i)])

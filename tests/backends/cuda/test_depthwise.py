@@ -22,8 +22,9 @@ from tests.backends.cuda.harness import ConvCase, conv_workload
             (4, 4), groups=4, y_more={"channel_stride": 12, "first_channel": 4, "shared": True}
         ),
         conv_workload((10, 10), groups=10, residual=True, dtype="int8", x_zero_point=-100),
+        conv_workload((9, 9), groups=9, floats=True),
     ],
-    ids=["odd", "strided", "residual", "large", "dynamic", "slice", "signed"],
+    ids=["odd", "strided", "residual", "large", "dynamic", "slice", "signed", "floats"],
 )
 def test_equals_the_definition(workload: object) -> None:
     case = ConvCase(workload)  # type: ignore[arg-type]
