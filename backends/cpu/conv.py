@@ -35,7 +35,7 @@ from graphopt.backends.cpu.workload import Conv2d, Layout
 
 _LINE_BYTES = 64
 _RESIDENT_BYTES = 64 * 1024  # smaller weights are quick to fetch
-_PREFETCHED_TILES = 32  # more tiles than this hide one slow tile; fewer than 2 stream, which the hardware prefetches
+_PREFETCHED_TILES = 200  # more tiles than this hide one slow tile; fewer than 2 stream, which the hardware prefetches
 
 _Place = tuple[Expr, Expr, Expr]  # image, row, column
 
