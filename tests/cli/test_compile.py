@@ -51,12 +51,31 @@ def test_compressed_program_compiles_to_the_same_file_as_inline(cli: Cli, nets: 
     assert report["report"]["images"] == images.partition(": ")[2].strip()
 
 
+def test_precision(cli: Cli, nets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.backends.cuda.build.find_nvcc", lambda: None)
+    options = ("--target", "t4", "--precision", "float16", "-o", "h.gopt")
+    assert (
+        cli("compile", f"{nets}:tiny", *SHAPE, *options)
+        .stdout.splitlines()[0]
+        .endswith("1 thread(s), floats in float16")
+    )
+    assert "floats: float16\n" in cli("inspect", "h.gopt").stdout
+    report = json.loads(cli("inspect", "h.gopt", "--json").stdout)
+    assert report["input_types"] == {"x": "float32 [1, 3, 16, 16]"}
+    assert {kernel["form"] for kernel in report["kernels"] if kernel["macs"]} == {"mma f16"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["-o", "no/such/t.gopt"], "no/such/t.gopt cannot be written: No such file or directory"),
         (["-o", "t.gopt", "--target", "avx3"], "unknown target 'avx3': did you mean 'avx2'? "),
         (["-o", "t.gopt", "--plugin", "absent.py"], "plugin absent.py is not a file"),
+        (
+            ["-o", "t.gopt", "--target", "avx2", "--precision", "tf32"],
+            "option precision: target avx2 computes floats in float32, not in tf32; "
+            "leave the option out, or compile for a GPU",
+        ),
     ],
 )
 def test_bad_options_are_found_before_the_work(
