@@ -1,6 +1,6 @@
 """What the machine code of matrix-product kernels says without a GPU: registers, spills, the main loop, what bounds it.
 
-``python benchmarks/cuda_static.py --arch sm_80,sm_90 --products u8,f16``: a table and ``cuda_static.json``; needs ``nvcc`` and
+``python benchmarks/cuda_static.py --arch sm_80,sm_90 --products u8,f16,u8-2of4``: a table and ``cuda_static.json``; needs ``nvcc`` and
 ``nvdisasm`` (package ``nvidia-cuda-nvdisasm``). A 3 x 3 convolution of 256 channels with padding is compiled for every tile. Cycles
 are of one step (64 bytes of k) of one block, as in ``conv_plan.bounds``; "issue" are the loop's instructions in the four
 schedulers of a multiprocessor. The share of the peak is what the largest of them leaves to the products: nothing else in a
@@ -39,10 +39,15 @@ from graphopt.backends.cuda.conv_plan import (
 )
 from graphopt.backends.cuda.fragments import MMA_COLUMNS, MMA_ROWS
 from graphopt.backends.cuda.products import FRAGMENT_BYTES, PRODUCTS
+from graphopt.backends.cuda.sparse_conv import sparse_conv
+from graphopt.backends.cuda.sparse_fragments import SHAPES as SPARSE_SHAPES
+from graphopt.backends.cuda.sparse_plan import TILES as SPARSE_TILES
+from graphopt.backends.cuda.sparse_plan import SparseTile
 from graphopt.bench import markdown
 from graphopt.errors import BenchmarkError
 from graphopt.files import atomic_write
 
+PRUNED = "-2of4"  # behind the name of a product whose weights are pruned 2:4
 _SCHEDULERS = 4
 _CHANNELS, _SIZE, _BATCH = 256, 56, 32
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -164,7 +169,9 @@ def _nothing() -> tvm.IRModule:
 
 def machine_code(plans: Sequence[ConvPlan], arch: Arch) -> list[Loop]:
     """Compile the kernels together, as a model's are. Raises BenchmarkError without ``nvcc``."""
-    kernels = [conv(plan, arch) for plan in plans]
+    kernels = [
+        (sparse_conv if isinstance(plan.tile, SparseTile) else conv)(plan, arch) for plan in plans
+    ]
     names = [str(kernel.attrs["global_symbol"]) for kernel in kernels]
     library = build_library(
         _nothing(), dict(zip(names, kernels, strict=True)), arch, "x86_64-unknown-linux-gnu"
@@ -181,26 +188,38 @@ def label(tile: Tile) -> str:
     return f"{tile.rows}x{tile.columns}"
 
 
+def _plans(arch: Arch, product: str, tiles: Sequence[str]) -> list[ConvPlan]:
+    """A plan for each tile of those named that fits the chip; none where it has no such product."""
+    name = product.removesuffix(PRUNED)
+    sparse = name != product
+    if name not in arch.products or (sparse and not (arch.sparse and name in SPARSE_SHAPES)):
+        return []
+    every = SPARSE_TILES if sparse else tiles_of(arch)
+    wanted = [
+        one for one in every if possible(one, arch, 16) and (not tiles or label(one) in tiles)
+    ]
+    return [plan_conv(_workload(name), arch, one, PRODUCTS[name]) for one in wanted]
+
+
 def measure(arch: Arch, products: Sequence[str], tiles: Sequence[str]) -> list[Row]:
     """A row for each product that the chip has and each tile, of those named, that fits it."""
-    plans = [
-        plan_conv(_workload(name), arch, tile, PRODUCTS[name])
-        for name in products
-        if name in arch.products
-        for tile in tiles_of(arch)
-        if possible(tile, arch, 16) and (not tiles or label(tile) in tiles)
-    ]
+    plans = [plan for name in products for plan in _plans(arch, name, tiles)]
+    if not plans:
+        return []
     rows = []
     for plan, loop in zip(plans, machine_code(plans, arch), strict=True):
         tile = plan.tile
         warps = tile.threads // 32
         # a loop of few instructions is unrolled: it has the products of several steps
         fragments = tile.warp_rows // MMA_ROWS * tile.warp_columns // MMA_COLUMNS
-        of_a_fragment = arch.products[plan.product.name].count("mma.sync")
-        steps = loop.products / (fragments * of_a_fragment * STEP // FRAGMENT_BYTES)
+        of_a_step = arch.products[plan.product.name].count("mma.sync") * STEP // FRAGMENT_BYTES
+        name = plan.product.name
+        if isinstance(tile, SparseTile):
+            name, of_a_step = name + PRUNED, 1
+        steps = loop.products / (fragments * of_a_step)
         cycles = bounds(tile, arch)
         cycles["issue"] = loop.instructions * warps / _SCHEDULERS / steps
-        about = (arch.name, plan.product.name, label(tile), warps, tile.held(arch))
+        about = (arch.name, name, label(tile), warps, tile.held(arch))
         rows.append(Row(*about, loop, cycles))
     return rows
 
@@ -223,10 +242,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", default="sm_80,sm_90", help="chips, with commas")
-    parser.add_argument("--products", default="u8,f16,tf32", help="u8, s8, f16, tf32")
+    parser.add_argument("--products", default="u8,f16,tf32", help="u8, s8, f16, tf32, u8-2of4 ...")
     parser.add_argument("--tiles", default="", help="rows x columns, as 256x128, with commas; all")
     parser.add_argument("--output", type=Path, default=Path("bench-out"))
     parser.add_argument("--document", type=Path, help="renew the table of this page")
+    parser.add_argument("--section", default="machine code", help="of that page")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser
 
@@ -244,7 +264,7 @@ def main() -> None:
     lines = table(rows)
     if options.document is not None:
         head = ["", markdown.command_line("benchmarks/cuda_static.py"), ""]
-        markdown.replace_section(options.document, "machine code", [*head, *lines, ""])
+        markdown.replace_section(options.document, options.section, [*head, *lines, ""])
     print(json.dumps(body) if options.json else "\n".join(lines))
 
 

@@ -58,3 +58,20 @@ def test_the_largest_tile_keeps_to_registers_and_multiplies(static: ModuleType, 
         assert loop.products == 64  # 64 x 64 outputs, 64 bytes of k: the loop is one step
         assert loop.instructions < 3 * loop.products
         assert row.bound == "tensor"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
+def test_the_largest_sparse_tile(static: ModuleType, arch: str) -> None:
+    """Nothing spills; half as many products as dense weights need, and fewer than five other instructions with each."""
+    if find_nvcc() is None or static.disassembler() is None:
+        pytest.skip("needs nvcc and nvdisasm")
+    rows = static.measure(ARCHS[arch], ["u8-2of4", "f16-2of4"], ["128x256"])
+    assert [row.product for row in rows] == ["u8-2of4", "f16-2of4"]
+    for row in rows:
+        loop = row.loop
+        assert loop.spills == 0
+        assert loop.registers <= 255
+        assert loop.products == 32  # 64 x 64 outputs, 64 bytes of k: the loop is one step
+        assert loop.instructions < 6 * loop.products
+        assert row.cycles["issue"] < row.cycles["tensor"]
+    assert not static.measure(ARCHS["sm_75"], ["u8-2of4", "tf32-2of4"], [])
