@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from graphopt.backends.cpu.workload import Activation, Conv2d, Epilogue
-from graphopt.backends.cuda.float_conv import float_conv, pack_float
+from graphopt.backends.cuda import float_conv as float_conv_module
+from graphopt.backends.cuda.float_conv import LARGE, SMALL, float_conv, pack_float, tile_of
 from tests.backends.cuda.harness import Array, image, logical, stored, to_torch
 from tests.backends.cuda.simt import run
 
@@ -44,11 +45,17 @@ def _workload(
         _workload((5, 6), dilation=2, padding=2, batch=None),
         _workload((12, 12), groups=12),
         _workload((8, 12), groups=4, stride=2),
+        _workload((5, 150), size=(9, 8), stride=2),
     ],
-    ids=["rgb", "point", "dilated", "depthwise", "grouped"],
+    ids=["rgb", "point", "dilated", "depthwise", "grouped", "wide"],
 )
 @pytest.mark.parametrize("fused", [False, True])
-def test_equals_torch(workload: Conv2d, fused: bool) -> None:
+@pytest.mark.parametrize("few_blocks", [float_conv_module._FEW_BLOCKS, 1])
+def test_equals_torch(
+    workload: Conv2d, fused: bool, few_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with large tiles wherever there are channels for them."""
+    monkeypatch.setattr(float_conv_module, "_FEW_BLOCKS", few_blocks)
     rng = np.random.default_rng(5)
 
     def normal(*shape: int) -> Array:
@@ -82,3 +89,12 @@ def test_equals_torch(workload: Conv2d, fused: bool) -> None:
     expected = want.numpy().transpose(0, 2, 3, 1)
     # at most 27 products of about 1, added in another order
     np.testing.assert_allclose(logical(y, result), expected, rtol=0, atol=2e-5)
+
+
+def test_tiles() -> None:
+    """Of 128 x 128 outputs where there are enough of them, and channels for more than a half."""
+    many = _workload((16, 128), size=(56, 56), batch=8)
+    assert tile_of(many) == LARGE
+    assert tile_of(replace(many, y=replace(many.y, batch=None))) == LARGE
+    assert tile_of(_workload((16, 64), size=(56, 56), batch=8)) == SMALL
+    assert tile_of(_workload((16, 128), size=(14, 14), batch=8)) == SMALL
