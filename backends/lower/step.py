@@ -16,6 +16,7 @@ from graphopt.arrays import to_numpy
 from graphopt.backends.cpu.conv_plan import ConvChoice
 from graphopt.backends.cpu.convert import convert
 from graphopt.backends.cpu.isa import Isa
+from graphopt.backends.cpu.packed_zeros import is_worth, pack, unpacker
 from graphopt.backends.cpu.workload import Conv2d, Convert, Layout
 from graphopt.errors import CompileError
 from graphopt.program import Program
@@ -80,7 +81,7 @@ class Context(KernelSource):
     choices: Mapping[str, ConvChoice] = field(default_factory=dict)
 
     def kernel(self, step: Step, inputs: list[Layout], output: Layout) -> Kernel:
-        return step.kernel(self, inputs, output)
+        return _without_zeros(step.kernel(self, inputs, output))
 
     def convert(self, workload: Convert) -> Kernel:
         function = convert(workload, self.isa, self.threads)
@@ -117,6 +118,19 @@ class Kernel:
     density: float | None = None
     sparse_gain: float | None = None
     before: Before | None = None
+
+
+def _without_zeros(kernel: Kernel) -> Kernel:
+    """The kernel whose first constant, where that is mostly zeros, is in the file without them."""
+    if kernel.load_transform is not None or not kernel.constants:
+        return kernel
+    weight, *others = kernel.constants
+    if weight.dtype != np.int8 or not is_worth(weight):
+        return kernel
+    function = unpacker(weight.size)
+    name = str(function.attrs["global_symbol"])
+    transform = LoadTransform(name, function, weight.size, "int8")
+    return replace(kernel, constants=(pack(weight), *others), load_transform=transform)
 
 
 @dataclass(frozen=True)
