@@ -6,6 +6,7 @@ Run as a program of its own, like ``fake_gpu``. Prints a line of JSON for int8 a
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 import graphopt as go
 from graphopt.backends.cuda import sparse_plan
+from graphopt.bench.networks import NETWORKS
+from graphopt.precision import FLOAT16, FLOAT32
 from tests.backends.cuda.fake_gpu import Driver, check_faults
 
 
@@ -36,31 +39,35 @@ class Network(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
 
 
-def _compiled(batch: tuple[int, int] | None, precision: str, x: torch.Tensor) -> go.Artifact:
-    torch.manual_seed(3)
-    program = go.capture(Network().eval(), (x,), dynamic_batch=batch)
+def _run(model: nn.Module, x: torch.Tensor, batch: tuple[int, int] | None, precision: str) -> None:
+    """Compile, call, compare."""
+    program = go.capture(model, (x,), dynamic_batch=batch)
     program = go.passes.Prune(granularity=go.passes.NM(2, 4))(program)
-    if precision == "float32":
+    if precision == FLOAT32:
         program = go.passes.Quantize(calibration=[(x,)])(program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_plan, "_GAIN", 10.0)  # maps that are quick to interpret gain nothing
-        return go.compile(program, "sm_80", precision=precision)
+        artifact = go.compile(program, "sm_80", precision=precision)
+    given = artifact.session()(x.numpy())
+    check_faults()
+    with torch.no_grad():
+        want = artifact.program(x).numpy()
+    forms = [kernel.form for kernel in artifact.manifest.kernels if kernel.form]
+    distance = float(np.abs(given - want).max() / np.abs(want).max())
+    print(json.dumps({"distance": distance, "forms": forms}), flush=True)
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    """The small network, or benchmarks' networks by name in int8 at 96 pixels."""
     Driver()
-    torch.manual_seed(4)
-    x = torch.randn(2, 3, 15, 14)
-    for batch, precision in ((None, "float32"), ((1, 4), "float16")):
-        artifact = _compiled(batch, precision, x)
-        given = artifact.session()(x.numpy())
-        check_faults()
-        with torch.no_grad():
-            want = artifact.program(x).numpy()
-        forms = [kernel.form for kernel in artifact.manifest.kernels if kernel.form]
-        distance = float(np.abs(given - want).max() / np.abs(want).max())
-        print(json.dumps({"distance": distance, "forms": forms}), flush=True)
+    torch.manual_seed(3)
+    if not names:
+        model, x = Network().eval(), torch.randn(2, 3, 15, 14)
+        _run(model, x, None, FLOAT32)
+        _run(model, x, (1, 4), FLOAT16)
+    for name in names:
+        _run(NETWORKS[name].model(), torch.randn(1, 3, 96, 96), None, FLOAT32)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
