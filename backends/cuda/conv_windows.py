@@ -20,8 +20,6 @@ from graphopt.backends.cuda.epilogue import int32
 from graphopt.backends.cuda.memory import View, split
 from graphopt.backends.cuda.shared_tile import SharedTile
 
-_NOWHERE = -(2**24)  # a window's row and column that no tap brings into a map
-
 
 @dataclass(frozen=True)
 class BlockPlace:
@@ -73,7 +71,8 @@ class Windows:
         output = bind(place.first_output + row)
         image, down, right = split(output, w.y.height, w.y.width)
         there = output < place.outputs
-        top = bind(select(there, down * w.stride[0] - w.padding[0], int32(_NOWHERE)))
+        above = -w.kernel[0] * w.dilation[0]  # a row that no tap brings into the map
+        top = bind(select(there, down * w.stride[0] - w.padding[0], int32(above)))
         left = bind(right * w.stride[1] - w.padding[1])
         pixel = bind((image * w.x.height + top) * w.x.width + left)
         return _Window(pixel, top, left, bind(self.tile.offset(row, self.column)))

@@ -31,7 +31,6 @@ _SIDE = 16  # threads along either side of a tile
 _FEW_BLOCKS = 128  # of large tiles, below which tiles are small
 _ASSUMED_BATCH = 8  # of a dynamic one
 _HELD = "tirx.launch_bounds_min_blocks_per_sm"
-_NOWHERE = -(2**24)  # a window's row that no tap brings into a map
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,8 @@ class _Block(_Layer):
             pixel = bind(self.first_pixel + self.x_row + i * (THREADS // tile.step))
             image, row, column = split(pixel, w.y.height, w.y.width)
             down = row * w.stride[0] - w.padding[0]
-            top = bind(select(pixel < self.pixels, down, int32(_NOWHERE)))
+            above = -w.kernel[0] * w.dilation[0]  # a row that no tap brings into the map
+            top = bind(select(pixel < self.pixels, down, int32(above)))
             left = bind(column * w.stride[1] - w.padding[1])
             first = bind((image * w.x.height + top) * w.x.width + left)
             self.windows.append((first, top, left))
