@@ -42,6 +42,8 @@ from graphopt.backends.cpu.stream import activation_argument, build, kernel_name
 from graphopt.backends.cpu.tokens import Attention
 from graphopt.errors import CompileError
 
+_PAGE_BYTES = 4096  # rows this far apart share one set of the L1 cache
+
 
 def attention(workload: Attention, isa: Isa, threads: int) -> PrimFunc:
     """The kernel ``(query, key, value, [mask], y)``; ``CompileError`` where y's columns do not lie side by side."""
@@ -81,9 +83,13 @@ class _Kernel:
         self.values_tile = pixels, max(min(t[1], vectors) for t in fitting)
 
     def _tile(self, columns: int, depth: int) -> tuple[int, int]:
-        pitch = 4 * self.workload.query.strides[-2]
-        vectors = columns // self.isa.lanes
-        return choose_tile(self.isa, "float32", self.workload.rows, pitch, vectors, depth)
+        """The cost model's tile of scores, or one of more rows that computes fewer of them twice: 8 for 6 of 128."""
+        pitch, rows = 4 * self.workload.query.strides[-2], self.workload.rows
+        width = columns // self.isa.lanes
+        least, vectors = choose_tile(self.isa, "float32", rows, pitch, width, depth)
+        most = least if pitch % _PAGE_BYTES == 0 else rows
+        fitting = [p for p, v in self.isa.tiles("float32") if v == vectors and least <= p <= most]
+        return min(fitting, key=lambda p: (-(-rows // p) * p, p)), vectors
 
     def _matrix(self, name: str, lead: list[Expr]) -> Matrix:
         return matrix(getattr(self.workload, name), self.buffers[name], lead)
