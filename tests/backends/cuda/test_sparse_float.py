@@ -59,10 +59,11 @@ def test_every_tile(tile: SparseTile) -> None:
         {"channels": (12, 33), "kernel": (5, 3), "padding": (2, 1)},
         {"channels": (80, 17), "kernel": (1, 1), "padding": (0, 0)},
         {"channels": (12, 8), "dilation": (2, 1), "padding": (2, 1)},
+        {"channels": (3, 8), "x_more": {"channel_stride": 4}},
         {"channels": (8, 8), "x_more": {"channel_stride": 24, "first_channel": 8, "shared": True}},
         {"channels": (8, 12), "y_more": {"channel_stride": 32, "first_channel": 4, "shared": True}},
     ],
-    ids=["strided", "tall", "point", "dilated", "slice-in", "slice-out"],
+    ids=["strided", "tall", "point", "dilated", "rgb-in-fours", "slice-in", "slice-out"],
 )
 def test_shapes(more: dict[str, Any]) -> None:
     case = _SparseCase(float_workload("float16", **more))
