@@ -19,6 +19,7 @@ from graphopt.edit import Build, sweep
 from graphopt.program import Program
 
 aten = torch.ops.aten
+Masks = dict[tuple[int, int], fx.Node]
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("half_matmul(Tensor a, Tensor b) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -36,13 +37,14 @@ def spell_half_products(program: Program) -> Program:
     if not found:
         return program
     program = program.clone()
+    masks: Masks = {}
     for node in list(program.graph.nodes):
         operands = _operands(node) if node.name in found else None
         if operands is None:
             continue
         build = Build(program, node, [node])
         if ops.is_op(node, "attention"):
-            made = _attention(build, node, operands)
+            made = _attention(build, node, operands, masks)
         else:
             made = build.call(torch.ops.graphopt.half_matmul.default, *operands)
         node.replace_all_uses_with(made)
@@ -56,7 +58,9 @@ def _operands(node: fx.Node) -> list[fx.Node] | None:
     if not ops.is_op(node, "matmul", "bmm", "mm", "attention"):
         return None
     a = ops.bind(node)
-    if ops.is_op(node, "attention") and (a["dropout_p"] or a["enable_gqa"] or a["is_causal"]):
+    if ops.is_op(node, "attention") and (a["dropout_p"] or a["enable_gqa"]):
+        return None
+    if a.get("is_causal") and _causal_size(node) is None:
         return None
     count = 3 if ops.is_op(node, "attention") else 2
     given = list(a.values())[:count]
@@ -69,7 +73,22 @@ def _operands(node: fx.Node) -> list[fx.Node] | None:
     return [half for half in halves if half is not None]
 
 
-def _attention(build: Build, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
+def _causal_size(attention: fx.Node) -> tuple[int, int] | None:
+    """Queries and keys of a causal attention, where both are known."""
+    a = ops.bind(attention)
+    sizes = [a[name].meta["val"].shape[-2] for name in ("query", "key")]
+    return (sizes[0], sizes[1]) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _causal_mask(build: Build, size: tuple[int, int], masks: Masks) -> fx.Node:
+    """``-inf`` for the keys behind a query's own place, once for all attentions of a size."""
+    if size not in masks:
+        mask = torch.full(size, -math.inf).triu(1)
+        masks[size] = build.parameter("causal_mask", mask, trainable=False)
+    return masks[size]
+
+
+def _attention(build: Build, node: fx.Node, operands: list[fx.Node], masks: Masks) -> fx.Node:
     a = ops.bind(node)
     query, key, value = operands
     product = torch.ops.graphopt.half_matmul.default
@@ -77,7 +96,10 @@ def _attention(build: Build, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
     scores = build.call(product, query, build.transpose(key, -2, -1))
     scores = build.mul(scores, float(scale))
     mask: Any = a["attn_mask"]
-    if mask is None:
+    size = _causal_size(node) if a["is_causal"] else None
+    if size is not None:  # every query sees the first key
+        likely = build.softmax(build.add(scores, _causal_mask(build, size, masks)), -1)
+    elif mask is None:
         likely = build.softmax(scores, -1)
     else:
         if mask.meta["val"].dtype == torch.bool:

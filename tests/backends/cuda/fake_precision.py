@@ -88,6 +88,20 @@ class Mixed(nn.Module):
         return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Causal(nn.Module):
+    """Attention to what came before, and RMS norm spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        heads = self.inner(normed).unflatten(-1, (2, 8)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return x + self.outer(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """A transformer block behind an embedding: attention, layer norms, GELU, softmax at the end."""
 
@@ -114,6 +128,7 @@ def _networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, .
         "one channel": lambda: (Residual(1), (torch.randn(1, 1, 9, 6),)),
         "block": lambda: (Block(), (torch.randint(0, 11, (2, 7)),)),
         "tokens": lambda: (TransformerBlock(), (torch.randn(2, 5, 16),)),
+        "causal": lambda: (Causal(), (torch.randn(2, 5, 16),)),
         "deep": lambda: (Deep(), (torch.randn(1, 8, 4, 5),)),
         "mixed": lambda: (Mixed(), (torch.randn(2, 3, 9, 8),)),
         "dense": lambda: (Dense(), (torch.randn(2, 3, 7, 5),)),

@@ -77,10 +77,28 @@ def test_attention(name: str, scale: float | None) -> None:
     torch.testing.assert_close(spelled(*given), program(*given), rtol=0, atol=4 * 2.0**-11)
 
 
+@pytest.mark.parametrize("keys", [5, 7])
+def test_causal_attention(keys: int) -> None:
+    torch.manual_seed(5)
+    query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, keys, 8)
+
+    def attend(query: Tensor, key: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(query, key, key, is_causal=True)
+        return F.scaled_dot_product_attention(y, key, key, is_causal=True)
+
+    program, spelled = _spelled(attend, query, key)
+    assert _names(spelled).count("half_matmul") == 4
+    assert [n.target for n in spelled.graph.nodes if n.op == "get_attr"] == ["causal_mask"]
+    # as above, of two attentions
+    torch.testing.assert_close(
+        spelled(query, key), program(query, key), rtol=0, atol=2 * 4 * 2.0**-11
+    )
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
         lambda x: x.exp() @ x.exp().double().transpose(-1, -2).float(),
         torch.relu,
     ],

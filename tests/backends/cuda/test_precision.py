@@ -207,5 +207,9 @@ def test_more_networks(tmp_path: Path) -> None:
     more = ("float16:three channels", "float16:one channel", "tf32:three channels", "tf32:dense")
     seeds = [f"{precision}:{seed}" for precision in ("float16", "tf32") for seed in range(16)]
     every = ("float32", "tf32", "float16")
-    both = [f"{precision}:{name}" for precision in every for name in ("block", "mixed", "deep")]
+    both = [
+        f"{precision}:{name}"
+        for precision in every
+        for name in ("block", "causal", "mixed", "deep")
+    ]
     _check(_lines(tmp_path, *more, *both, *seeds))
