@@ -40,6 +40,7 @@ TOLERANCE = 2.0**-7
 DISTINCT = 4  # images of a batch; the others repeat them
 _ROOT = Path(__file__).resolve().parents[1]
 LEVELS = 7  # of a weight, on either side of 0
+_LEAST = 2.0**-100  # a step: channels of trained networks may be all zeros
 _UNUSED = (
     *("__pycache__", "*.pyi"),
     *("3rdparty", "cython", "include", "share", "src", "CMakeLists.txt"),
@@ -93,12 +94,12 @@ def peer_source(program: go.Program) -> str:
 
 
 def coarse(model: torch.nn.Module, per_channel: bool = True) -> torch.nn.Module:
-    """Random weights of 15 values a channel or layer, which ``xz`` packs into half the bytes or less; no kernel knows."""
+    """Weights of 15 values a channel or layer, which ``xz`` packs into half the bytes or less; no kernel knows."""
     for weight in model.parameters():
         if weight.ndim > 1:
             step = weight.detach().flatten(1).abs().amax(1) / LEVELS
             step = step if per_channel else step.amax().expand(step.shape)
-            step = step.reshape(-1, *[1] * (weight.ndim - 1))
+            step = step.reshape(-1, *[1] * (weight.ndim - 1)).clamp_min(_LEAST)
             weight.data = (weight.detach() / step).round() * step
     return model
 

@@ -118,6 +118,18 @@ def test_weights_have_few_values(pack: ModuleType) -> None:
             assert len(levels.round().unique()) > 2
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_zeros_stay(pack: ModuleType, per_channel: bool) -> None:
+    """Trained networks have channels of zeros: no step divides them."""
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    assert not pack.coarse(layer, per_channel).weight[1].any()
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not pack.coarse(layer, per_channel).weight.any()
+
+
 def test_images_repeat(suite: ModuleType) -> None:
     pixels = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1)
     batch = suite.images(pixels, 5)
