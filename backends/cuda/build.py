@@ -24,8 +24,7 @@ from graphopt.backends.cuda.arch import Arch
 from graphopt.backends.cuda.results import add_results
 from graphopt.backends.cuda.toolkit import compile_source, find_nvcc, image_as_text
 from graphopt.backends.link import linker
-from graphopt.backends.lower.one_tensor import unify_tensors
-from graphopt.backends.lower.scratch import hoist_scratch
+from graphopt.backends.lower.pipeline import relax_pipeline
 from graphopt.errors import CompileError
 
 _HOOK = "tvm_callback_cuda_postproc"
@@ -74,33 +73,6 @@ def _lower() -> tuple[Any, Any, Any]:
     return run, host, device
 
 
-def _pipeline(target: tvm.target.Target, functions: Mapping[str, Any]) -> Any:
-    """TVM's pipeline for CUDA, after which the kernels join the module."""
-    plan_memory, *lower = stages.finalize_passes(target)
-    default = tvm.transform.Sequential(
-        [
-            *stages.library_dispatch_passes(target),
-            *stages.legalize_passes(target),
-            *stages.dataflow_lower_passes(target),
-            unify_tensors,
-            plan_memory,
-            hoist_scratch,
-            add_results,
-            *lower,
-        ]
-    )
-
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
-    def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        with target:
-            module = default(module)
-        for name, function in functions.items():
-            module[name] = function.with_attr(_OURS, True)
-        return module
-
-    return run
-
-
 class _Device:
     """What TVM's hook is called with, and what it gives back."""
 
@@ -138,10 +110,12 @@ def build_library(
     target = target_of(arch, triple)
     register_tir_pipeline(_PIPELINE, _lower)
     device = _Device(arch)
+    marked = {name: function.with_attr(_OURS, True) for name, function in functions.items()}
+    pipeline = relax_pipeline(stages, target, marked, after_plan=(add_results,))
     try:
         with tvm.transform.PassContext(opt_level=3), _hooked(device):
             executable = relax.build(
-                module, target, relax_pipeline=_pipeline(target, functions), tir_pipeline=_PIPELINE
+                module, target, relax_pipeline=pipeline, tir_pipeline=_PIPELINE
             )
     except CompileError:
         raise

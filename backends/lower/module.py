@@ -32,8 +32,7 @@ from graphopt.backends.lower import decompositions
 from graphopt.backends.lower.converters import CONVERTERS
 from graphopt.backends.lower.emit import Lowered
 from graphopt.backends.lower.lift_constants import LiftConstants
-from graphopt.backends.lower.one_tensor import unify_tensors
-from graphopt.backends.lower.scratch import hoist_scratch
+from graphopt.backends.lower.pipeline import relax_pipeline
 from graphopt.backends.lower.straight_line import Recorder
 from graphopt.elf import without_debug
 from graphopt.errors import CompileError
@@ -195,39 +194,6 @@ class Built:
     constants: Mapping[str, Array]
 
 
-def _pipeline(
-    target: tvm.target.Target,
-    functions: Mapping[str, Any],
-    constants: LiftConstants,
-    line: Recorder,
-) -> Any:
-    """TVM's CPU pipeline with allocations made one or moved out of ``main``, after which the kernels join the module."""
-    plan_memory, *lower = stages.finalize_passes(target)
-    default = tvm.transform.Sequential(
-        [
-            *stages.library_dispatch_passes(target),
-            *stages.legalize_passes(target),
-            *stages.dataflow_lower_passes(target),
-            constants.apply,
-            unify_tensors,
-            plan_memory,
-            line.record,
-            hoist_scratch,
-            *lower,
-        ]
-    )
-
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
-    def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        with target:
-            module = default(module)
-        for name, function in functions.items():
-            module[name] = function
-        return module
-
-    return run
-
-
 def build_library(
     module: tvm.IRModule,
     functions: Mapping[str, Any],
@@ -236,7 +202,8 @@ def build_library(
 ) -> Built:
     """Compile the Relax module, whose weights are called ``weights``, and the kernels it calls to a shared library."""
     constants, recorder = LiftConstants(weights), Recorder()
-    pipeline = _pipeline(target, functions, constants, recorder)
+    around = (constants.apply,), (recorder.record,)
+    pipeline = relax_pipeline(stages, target, functions, *around)
     try:
         with tvm.transform.PassContext(opt_level=3, instruments=[recorder.workspaces]):
             executable = tvm.compile(module, target, relax_pipeline=pipeline)
