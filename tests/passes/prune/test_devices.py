@@ -72,8 +72,8 @@ def remote_program() -> go.Program:
     for module in program.graph_module.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(remote(value)))
-        for name, value in list(module.named_buffers(recurse=False)):
-            setattr(module, name, remote(value))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, remote(buffer))
     return program
 
 
