@@ -232,6 +232,7 @@ class _Rewrite:
         if value not in self.rounded:
             made = self._parameter(value) if value.op == "get_attr" else None
             self.rounded[value] = made or self._cast(value, torch.float16, _behind(value))
+            self.edit.rewrites += 1
         return self.rounded[value]
 
     def _parameter(self, node: fx.Node) -> fx.Node:

@@ -169,6 +169,16 @@ def test_random_networks(seed: int) -> None:
     assert len(again.graph.nodes) == len(result.graph.nodes)
 
 
+def test_a_layer_whose_result_leaves_is_counted() -> None:
+    """Nothing is stored in float16, and yet its operands are rounded: the history has the error."""
+    torch.manual_seed(8)
+    result = CastToFloat16()(_program(nn.Linear(6, 4), torch.randn(3, 6)))
+    record = result.history[-1]
+    assert record.rewrites == 2  # the input, the weight
+    assert 0 < (record.error or 0) < 6 * 2**-11  # six products near 1 of two rounded operands each
+    assert CastToFloat16()(result).history[-1].rewrites == 0
+
+
 def test_a_cpu_computes_the_same_program() -> None:
     """A rewritten program is ATen: what a GPU was to run is compiled for this machine too."""
     torch.manual_seed(6)
