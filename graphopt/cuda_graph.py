@@ -14,9 +14,8 @@ from typing import Any
 
 from graphopt.cuda_runtime import CUDART, current_stream, on_stream
 
-_NON_BLOCKING = (
-    1  # cudaStreamNonBlocking: work on the default stream does not break the capture off
-)
+# cudaStreamNonBlocking: work on the default stream does not break the capture off
+_NON_BLOCKING = 1
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed: this and other threads may allocate and wait meanwhile
 _DEFAULT_KIND = 4  # cudaMemcpyDefault: from where to where follows from the addresses
 _FUNCTIONS = (

@@ -110,10 +110,8 @@ class _Graphs(_Launches):
         shapes = tuple(tuple(tensor.shape) for tensor in like)
         found = self._known.get(shapes)
         if found is None and shapes in self._known:
-            self._scratch, self._shapes = (
-                (),
-                None,
-            )  # first, so that the graph's may take their memory
+            # first, so that the graph's tensors may take this memory
+            self._scratch, self._shapes = (), None
             found = _Recorded(_Launches(*self._arguments), like)
         self._known[shapes] = found
         self._known.move_to_end(shapes)
