@@ -114,6 +114,8 @@ class _Rewrite:
             if reason is not None:
                 self.edit.decline(node, reason)
                 facts.kinds[node] = Kind.FLOAT32
+            elif facts.kinds[node] is Kind.FOLLOW and not self._all_fit(node):
+                facts.kinds[node] = Kind.FLOAT32
         for node in reversed(self.graph.nodes):
             readers = [user for user in node.users if facts.kinds[user] is not Kind.SIZE]
             if any(_stores(facts, node, reader) for reader in readers):
@@ -185,7 +187,7 @@ class _Rewrite:
         given = [value for value in node.all_input_nodes if value in self.floats]
         in_float32 = any(self._is_computed(value) and value not in self.half for value in given)
         only_sources = not any(value in self.half for value in given)
-        fits = all(self._fits(value) for value in given)
+        fits = self._all_fit(node)
         if in_float32 or not fits or (only_sources and node not in self.facts.stored):
             self._read(node, lambda value: self._float32(value, node))
             self._store(node, node in self.facts.multiplied and fits)
@@ -198,8 +200,10 @@ class _Rewrite:
         """False for inputs and parameters, which are float32 in memory and whatever their readers take them for."""
         return self.facts.kinds[value] is not Kind.SOURCE
 
-    def _fits(self, value: fx.Node) -> bool:
-        return value.op != "get_attr" or self._largest(value) <= LARGEST
+    def _all_fit(self, node: fx.Node) -> bool:
+        """False for a reader of a parameter that float16 does not hold: a mask of -3.4e38, say."""
+        given = [value for value in node.all_input_nodes if value in self.floats]
+        return all(value.op != "get_attr" or self._largest(value) <= LARGEST for value in given)
 
     def _store(self, node: fx.Node, in_half: bool) -> None:
         """Round the value behind the node, if it is one tensor that leaves its kernel."""

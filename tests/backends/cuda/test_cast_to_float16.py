@@ -222,6 +222,25 @@ def test_a_mask_beyond_float16_keeps_its_values() -> None:
     assert not result(x, there).isnan().any()
 
 
+def test_a_mask_among_the_parameters_keeps_its_values() -> None:
+    class Masked(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.zeros(3, 3))
+            self.mask[1:] = torch.finfo(torch.float32).min
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.matmul(x, x.transpose(1, 2)) + self.mask
+            return torch.matmul(scores.softmax(-1), x)
+
+    x = torch.randn(2, 3, 4)
+    result = CastToFloat16()(_program(Masked(), x))
+    assert ("add", "float32") in _types(result)
+    assert not result(x).isnan().any()
+
+
 def test_a_weight_of_two_layers_is_stored_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
