@@ -103,6 +103,12 @@ class CudaGraph:
         _call("cudaGraphLaunch", self._executable, ctypes.c_void_p(current_stream()))
 
 
+def recording_failed(error: Exception) -> CudaGraphError:
+    """The error of a graph that something else, of TVM, keeps from being."""
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return CudaGraphError(f"recording failed: {last[0]}")
+
+
 def _captured(stream: ctypes.c_void_p, work: Callable[[], Any], graph: ctypes.c_void_p) -> Any:
     """Run ``work`` while what it launches becomes ``graph``; whatever happens, the capture is ended."""
     _call("cudaStreamBeginCapture", stream, _RELAXED)
@@ -114,7 +120,6 @@ def _captured(stream: ctypes.c_void_p, work: Callable[[], Any], graph: ctypes.c_
         _library().cudaGetLastError()
         if not isinstance(error, Exception):
             raise
-        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise CudaGraphError(f"recording failed: {last[0]}") from error
+        raise recording_failed(error) from error
     _call("cudaStreamEndCapture", stream, ctypes.byref(graph))
     return result

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.cuda_graph import CudaGraph, CudaGraphError, copy_on_device, is_capturing
+from graphopt.cuda_graph import (
+    CudaGraph,
+    CudaGraphError,
+    copy_on_device,
+    is_capturing,
+    recording_failed,
+)
 from graphopt.cuda_runtime import (
     CUDA,
     Device,
@@ -69,15 +75,22 @@ class _Recorded:
     """The network at one shape of its inputs as a CUDA graph, with the tensors that it reads and writes at every run."""
 
     def __init__(self, machine: _Launches, like: Sequence[Any]) -> None:
-        device = machine.device
-        self.inputs = [device.empty(tuple(t.shape), str(t.dtype)) for t in like]
-        # The outputs' memory goes back to TVM's pool with the next result of this machine, and is there in the recording,
-        # so that nothing is allocated then.
-        machine.module[RESULTS](*self.inputs)
-        machine.prepare(self.inputs)
+        self._allocate(machine, like)
         self._machine = machine  # for the tensors between the kernels
         self.graph = CudaGraph(lambda: machine.launch(self.inputs))
         self.outputs: list[Any] = self.graph.result
+
+    def _allocate(self, machine: _Launches, like: Sequence[Any]) -> None:
+        """Everything that the recording takes. There may be no memory for it, where kernels alone have enough."""
+        device = machine.device
+        try:
+            self.inputs = [device.empty(tuple(t.shape), str(t.dtype)) for t in like]
+            # The outputs' memory goes back to TVM's pool with the next result of this machine, and is there in the recording,
+            # so that nothing is allocated then.
+            machine.module[RESULTS](*self.inputs)
+            machine.prepare(self.inputs)
+        except Exception as error:
+            raise recording_failed(error) from error
 
 
 class _Switch:

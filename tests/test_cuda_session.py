@@ -74,6 +74,7 @@ def test_a_recording_that_fails_is_logged_and_kernels_are_launched(facts: dict[s
         [True, 0, [f"{said}cudaStreamEndCapture: invalidated"]],
         [True, 0, [f"{said}recording failed: out of memory"]],
     ]
+    assert facts["no_memory"] == [True, 0, [f"{said}recording failed: out of memory"]]
     ((*launched, (line,)),) = [facts["missing"]]
     assert launched == [True, 0]
     assert line.startswith(f"{said}CUDA's runtime has no graphs (libnothing.so: ")

@@ -214,6 +214,20 @@ def broken(fixture: Fixture) -> list[Any]:
     return facts
 
 
+def no_memory(fixture: Fixture) -> list[Any]:
+    """Enough for the tensors of one machine, not for those of a graph beside it."""
+    original = cuda_session._Launches.prepare
+
+    def prepare(self: Any, tensors: Any) -> None:
+        if type(self) is cuda_session._Launches:  # a session's own are _Graphs
+            _fail()
+        original(self, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_session._Launches, "prepare", prepare)
+        return _fallen_back(fixture)
+
+
 def missing(fixture: Fixture) -> list[Any]:
     """A runtime without graphs."""
     with pytest.MonkeyPatch.context() as patch:
@@ -237,6 +251,7 @@ def main() -> None:
         refused,
         off,
         broken,
+        no_memory,
         missing,
     ):
         fixture.counted()
