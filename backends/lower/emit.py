@@ -18,6 +18,7 @@ from graphopt.backends.cpu.planar import planar
 from graphopt.backends.cpu.workload import Conv2d, Layout
 from graphopt.backends.lower import resize
 from graphopt.backends.lower.elementwise import relayout, reordered
+from graphopt.backends.lower.kernel_row import kernel_row, origins
 from graphopt.backends.lower.one_tensor import ONE_TENSOR
 from graphopt.backends.lower.plan import Plan
 from graphopt.backends.lower.sparse import Orders, choose_orders
@@ -350,23 +351,11 @@ class _Emitter:
                 self._loaded(str(constant.target), array, transform)
             constants.append(constant)
         self.lowered.functions.setdefault(kernel.name, kernel.function)
-        layer = ", ".join(_origins(nodes))
+        layer = ", ".join(origins(nodes))
         if kernel.tunable is not None:
             self.lowered.tunable.append((kernel.tunable, layer))
-        element = _multiplied(dtype, kernel)
         forms = self.orders.forms.get(nodes[-1])
-        self.lowered.calls.append(
-            KernelRow(
-                name=kernel.name,
-                layer=layer,
-                operator=str(nodes[0].target).removesuffix(".default"),
-                dtype=element,
-                macs=kernel.macs or None,
-                form=kernel.form,
-                density=forms.density if forms is not None and kernel.form else kernel.density,
-                sparse_gain=forms.gain if forms is not None and kernel.form else kernel.sparse_gain,
-            )
-        )
+        self.lowered.calls.append(kernel_row(kernel, layer, nodes[0], dtype, forms))
         torch_dtype = getattr(torch, dtype)
         tensors = [inputs[0], *constants, *inputs[1:]]
         arguments = (tensors, kernel.name, list(shape), torch_dtype)
@@ -378,25 +367,6 @@ class _Emitter:
         self.lowered.functions.setdefault(made.name, made.function)
         result = TensorSpec(parameter, made.dtype, (made.size,))
         self.lowered.transforms.append(WeightTransform(parameter, made.name, result))
-
-
-def _multiplied(dtype: str, kernel: Kernel) -> str:
-    """The element type that a benchmark compares a kernel with: of its weights where they are integers, else its result's."""
-    if dtype not in ("float32", "float16") or any(c.dtype == np.int8 for c in kernel.constants):
-        return "int8"
-    weight = str(kernel.constants[0].dtype) if kernel.constants else dtype
-    return "float16" if "float16" in (dtype, weight) else "float32"
-
-
-def _origins(nodes: list[fx.Node]) -> list[str]:
-    """The module paths (or else node names) of the user's model that a call came from."""
-    names: dict[str, None] = {}
-    layers = [node for node in nodes if node.target is not aten.to.dtype]
-    for node in layers or nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values() if path]
-        names[paths[-1] if paths else node.name] = None
-    return list(names)
 
 
 def _shape(layout: Layout) -> tuple[int, ...]:
