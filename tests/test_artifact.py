@@ -309,40 +309,6 @@ def test_a_manifest_that_is_no_json_is_refused(saved: Path) -> None:
         assert _refusal(saved).startswith("manifest.json: it ")
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        (b"", "the header is longer than the file"),
-        (b"\2\0\0\0\0\0\0\0[}", "the header is no JSON"),
-        (b"\xff\0\0\0\0\0\0\0{}", "the header is longer than the file"),
-        (b"\2\0\0\0\0\0\0\0[]", "the header is no JSON object"),
-        (b"\2\0\0\0\0\0\0\0{}abc", "3 bytes belong to no tensor"),
-    ],
-)
-def test_malformed_weights_are_refused(weights: bytes, message: str) -> None:
-    with pytest.raises(weights_file.WeightsError) as caught:
-        weights_file.decode(memoryview(weights))
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F8", "shape": [1], "data_offsets": [0, 1]},
-        {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]},
-        {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]},
-        {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]},
-        {"dtype": "U8", "shape": [10**18], "data_offsets": [0, 10**18]},
-        {"dtype": "U8"},
-        7,
-    ],
-)
-def test_a_malformed_tensor_is_refused(entry: object) -> None:
-    text = json.dumps({"w": entry}).encode()
-    with pytest.raises(weights_file.WeightsError, match=r"^tensor 'w' "):
-        weights_file.decode(memoryview(len(text).to_bytes(8, "little") + text + b"\0"))
-
-
 def test_features_that_this_cpu_lacks_are_named_before_loading(tmp_path: Path) -> None:
     path = _artifact(features=("sse4_2", "avx1024", "amx9")).save(tmp_path / "m.gopt")
     with pytest.raises(TargetError) as caught:
