@@ -216,7 +216,8 @@ class CudaSession(Session):
         """The outputs for contiguous inputs on the device (DLPack), both in the manifest's order; without waiting for them.
 
         Raises InputError naming the argument; indices are not checked. Results of two calls share no memory. Calls from several
-        threads are taken in turn, and must all be on one stream, the one that TVM launches on in their threads.
+        threads are taken in turn, and must all be on one stream, the one that TVM launches on in their threads: memory of a
+        dropped result is handed out again, to ``session(x)`` too, which is on the default stream.
         """
         given = self._positional(tuple(map(tvm_runtime().from_dlpack, tensors)), {})
         with self._lock:
