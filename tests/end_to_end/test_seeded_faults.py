@@ -86,7 +86,7 @@ def _image() -> Tensor:
 
 
 def _half_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault(value: Any, lanes: int) -> Any:
+    def fault(value: Any, lanes: int, *_: Any) -> Any:
         half = emit.select(
             value < emit.constant("float32", 0, lanes),
             emit.constant("float32", -0.5, lanes),
