@@ -64,17 +64,9 @@ def _dequantized(
     return apply_activation(epilogue.activation, v, lanes, isa)
 
 
-def _quantized(
-    epilogue: Epilogue,
-    accumulator: Expr,
-    multiplier: Expr,
-    residual: Expr | None,
-    lanes: int,
-    isa: Isa | None,
-) -> Expr:
-    """That over the scale of the bytes that it becomes."""
-    v = _dequantized(epilogue, accumulator, multiplier, residual, lanes, isa)
-    return _fence(v, lanes) * constant("float32", epilogue.inverse_scale, lanes)
+def _scaled(epilogue: Epilogue, value: Expr, lanes: int) -> Expr:
+    """A float over the scale of the bytes that it becomes."""
+    return _fence(value, lanes) * constant("float32", epilogue.inverse_scale, lanes)
 
 
 def _round_below(
@@ -182,7 +174,8 @@ def before_pack(
     first, add = epilogue.requantize, epilogue.residual_add
     assert first is not None
     if epilogue.inverse_scale:
-        scaled = _quantized(epilogue, accumulator, multiplier, residual, isa.lanes, isa)
+        v = _dequantized(epilogue, accumulator, multiplier, residual, isa.lanes, isa)
+        scaled = _scaled(epilogue, v, isa.lanes)
         return _round_clamped(first, scaled, isa.lanes, isa.round_intrinsic)
     if add is None and first.fits:
         scaled = to_float(accumulator, isa.lanes) * multiplier
@@ -261,8 +254,9 @@ def apply_epilogue(
     if epilogue.requantize is None:
         return _dequantized(epilogue, accumulator, multiplier, residual, lanes, isa)
     if epilogue.inverse_scale:
-        scaled = _quantized(epilogue, accumulator, multiplier, residual, lanes, isa)
-        return T.cast(round_and_clamp(epilogue.requantize, scaled, lanes), vector(out_dtype, lanes))
+        v = _dequantized(epilogue, accumulator, multiplier, residual, lanes, isa)
+        q = round_and_clamp(epilogue.requantize, _scaled(epilogue, v, lanes), lanes)
+        return T.cast(q, vector(out_dtype, lanes))
     q = requantize(epilogue.requantize, accumulator, multiplier, lanes)
     if epilogue.residual_add is not None and residual is not None:
         b = T.cast(residual, vector("int32", lanes))

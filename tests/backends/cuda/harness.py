@@ -107,6 +107,24 @@ def to_torch(values: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
 
 
+CONV_SHAPES = {
+    "rgb": conv_workload((3, 9), size=(9, 7), stride=(2, 2)),
+    "grey": conv_workload((1, 33), size=(6, 5), kernel=(5, 3), padding=(2, 1)),
+    "tall": conv_workload((10, 33), size=(6, 5), kernel=(5, 3), padding=(2, 1)),
+    "point": conv_workload((80, 17), kernel=(1, 1), padding=(0, 0)),
+    "dilated": conv_workload((16, 16), dilation=(2, 1), padding=(2, 1)),
+    "strided": conv_workload((24, 8), size=(7, 8), stride=(1, 2), padding=(0, 1)),
+    "slice-in": conv_workload(
+        (8, 12), x_more={"channel_stride": 24, "first_channel": 8, "shared": True}
+    ),
+    "slice-out": conv_workload(
+        (8, 12), y_more={"channel_stride": 32, "first_channel": 4, "shared": True}
+    ),
+    "odd-out": conv_workload((64, 33), kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
+    "tokens": conv_workload((8, 5), size=(1, 21), kernel=(1, 1), padding=(0, 0)),
+}
+
+
 class ConvCase:
     """A workload with random data, and what the definition makes of it."""
 

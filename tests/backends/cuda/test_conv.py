@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from graphopt.backends.cpu.workload import Conv2d
 from graphopt.backends.cuda.arch import ARCHS
 from graphopt.backends.cuda.conv_plan import TILES, Tile, tiles_of
-from tests.backends.cuda.harness import ConvCase, conv_workload
+from tests.backends.cuda.harness import CONV_SHAPES, ConvCase, conv_workload
 
 SMALL = Tile(32, 32, (2, 2))
 
@@ -17,22 +18,9 @@ def test_every_tile(tile: Tile) -> None:
     assert (case.by_tensor_cores(tile) == case.expected()).all()
 
 
-@pytest.mark.parametrize(
-    "workload",
-    [
-        conv_workload((3, 9), size=(9, 7), stride=(2, 2)),
-        conv_workload((1, 33), size=(6, 5), kernel=(5, 3), padding=(2, 1)),
-        conv_workload((80, 17), kernel=(1, 1), padding=(0, 0)),
-        conv_workload((16, 16), dilation=(2, 1), padding=(2, 1)),
-        conv_workload((24, 8), size=(7, 8), stride=(1, 2), padding=(0, 1)),
-        conv_workload((8, 12), x_more={"channel_stride": 24, "first_channel": 8, "shared": True}),
-        conv_workload((8, 12), y_more={"channel_stride": 32, "first_channel": 4, "shared": True}),
-        conv_workload((64, 33), kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
-    ],
-    ids=["rgb", "grey", "point", "dilated", "strided", "slice-in", "slice-out", "odd-out"],
-)
-def test_shapes(workload: object) -> None:
-    case = ConvCase(workload)  # type: ignore[arg-type]
+@pytest.mark.parametrize("workload", CONV_SHAPES.values(), ids=CONV_SHAPES)
+def test_shapes(workload: Conv2d) -> None:
+    case = ConvCase(workload)
     assert (case.by_tensor_cores(SMALL) == case.expected()).all()
 
 

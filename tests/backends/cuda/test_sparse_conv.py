@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graphopt.backends.cpu.workload import Conv2d
 from graphopt.backends.cuda import sparse_conv
 from graphopt.backends.cuda.sparse_pack import FRAGMENT_BYTES, WEIGHT_BYTES, pack_sparse
 from graphopt.backends.cuda.sparse_plan import TILES, SparseTile
 from tests.backends.cuda import sparse_harness
-from tests.backends.cuda.harness import conv_workload
+from tests.backends.cuda.harness import CONV_SHAPES, conv_workload
 from tests.backends.cuda.simt_memory import Fault
 from tests.backends.cuda.sparse_harness import SparseCase
 
@@ -25,25 +26,8 @@ def test_every_tile(tile: SparseTile) -> None:
     assert (case.by_sparse_tensor_cores(tile) == case.expected()).all()
 
 
-@pytest.mark.parametrize(
-    "workload",
-    [
-        conv_workload((3, 9), size=(9, 7), stride=(2, 2)),
-        conv_workload((10, 33), size=(6, 5), kernel=(5, 3), padding=(2, 1)),
-        conv_workload((80, 17), kernel=(1, 1), padding=(0, 0)),
-        conv_workload((16, 16), dilation=(2, 1), padding=(2, 1)),
-        conv_workload((24, 8), size=(7, 8), stride=(1, 2), padding=(0, 1)),
-        conv_workload((8, 12), x_more={"channel_stride": 24, "first_channel": 8, "shared": True}),
-        conv_workload((8, 12), y_more={"channel_stride": 32, "first_channel": 4, "shared": True}),
-        conv_workload((64, 33), kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
-        conv_workload((8, 5), size=(1, 21), kernel=(1, 1), padding=(0, 0)),
-    ],
-    ids=[
-        *("rgb", "tall", "point", "dilated", "strided"),
-        *("slice-in", "slice-out", "odd-out", "tokens"),
-    ],
-)
-def test_shapes(workload: Any) -> None:
+@pytest.mark.parametrize("workload", CONV_SHAPES.values(), ids=CONV_SHAPES)
+def test_shapes(workload: Conv2d) -> None:
     case = SparseCase(workload)
     assert (case.by_sparse_tensor_cores(SMALL) == case.expected()).all()
 
