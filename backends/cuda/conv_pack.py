@@ -25,6 +25,20 @@ def padded(values: Array, size: int) -> Array:
     return result
 
 
+def channel_constants(
+    plan: ConvPlan, weight: Array, bias: Array, multiplier: Array
+) -> tuple[Array, Array]:
+    """What an integer layer's epilogue reads of every output channel, of whole tiles: the shifted bias and the multiplier."""
+    shifted = shifted_bias(weight, bias, plan.workload.x_zero_point)
+    return padded(shifted, plan.padded_channels), padded(multiplier, plan.padded_channels)
+
+
+def float_bias(plan: ConvPlan, bias: Array | None) -> Array:
+    """The bias of a float layer as float32, of whole tiles; zeros where there is none."""
+    values = np.zeros(0, np.float32) if bias is None else bias.astype(np.float32)
+    return padded(values, plan.padded_channels)
+
+
 def _tiled(plan: ConvPlan, weight: Array) -> Array:
     """Weight OIHW as ``[column tile][step][column][STEP bytes]`` (k = tap, channel), zeros where there is none."""
     out, channels, height, width = weight.shape
@@ -38,12 +52,7 @@ def _tiled(plan: ConvPlan, weight: Array) -> Array:
 
 def pack_conv(plan: ConvPlan, weight: Array, bias: Array, multiplier: Array) -> list[Array]:
     """int8 weight OIHW as ``conv`` reads it, bias and multiplier of whole tiles."""
-    shifted = shifted_bias(weight, bias, plan.workload.x_zero_point)
-    return [
-        _tiled(plan, weight),
-        padded(shifted, plan.padded_channels),
-        padded(multiplier, plan.padded_channels),
-    ]
+    return [_tiled(plan, weight), *channel_constants(plan, weight, bias, multiplier)]
 
 
 def round_tf32(values: Array) -> Array:
@@ -57,8 +66,7 @@ def round_tf32(values: Array) -> Array:
 def pack_float_conv(plan: ConvPlan, weight: Array, bias: Array | None) -> list[Array]:
     """float32 weight OIHW as ``conv`` reads it, rounded to the plan's product, and the float32 bias of whole tiles."""
     rounded = round_tf32(weight) if plan.product.rounds else weight.astype(plan.product.weight)
-    shift = np.zeros(len(weight), np.float32) if bias is None else bias.astype(np.float32)
-    return [_tiled(plan, rounded), padded(shift, plan.padded_channels)]
+    return [_tiled(plan, rounded), float_bias(plan, bias)]
 
 
 def pack_dot(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends.cuda.conv_pack import padded, shifted_bias
+from graphopt.backends.cuda.conv_pack import channel_constants, float_bias
 from graphopt.backends.cuda.conv_plan import GROUP, STEP, ConvPlan
 
 Array = np.ndarray[Any, Any]
@@ -93,15 +93,9 @@ def _tiled(plan: ConvPlan, weight: Array) -> Array:
 
 def pack_sparse(plan: ConvPlan, weight: Array, bias: Array, multiplier: Array) -> list[Array]:
     """int8 weight OIHW as ``sparse_conv`` reads it, bias and multiplier of whole tiles."""
-    shifted = shifted_bias(weight, bias, plan.workload.x_zero_point)
-    return [
-        _tiled(plan, weight),
-        padded(shifted, plan.padded_channels),
-        padded(multiplier, plan.padded_channels),
-    ]
+    return [_tiled(plan, weight), *channel_constants(plan, weight, bias, multiplier)]
 
 
 def pack_sparse_float(plan: ConvPlan, weight: Array, bias: Array | None) -> list[Array]:
     """float32 weight OIHW, rounded to float16, as ``sparse_conv`` reads it, and the float32 bias of whole tiles."""
-    shift = np.zeros(len(weight), np.float32) if bias is None else bias.astype(np.float32)
-    return [_tiled(plan, weight.astype(plan.product.weight)), padded(shift, plan.padded_channels)]
+    return [_tiled(plan, weight.astype(plan.product.weight)), float_bias(plan, bias)]
